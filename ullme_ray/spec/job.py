@@ -1,0 +1,248 @@
+"""The job file as typed, frozen objects: every default, unit and allowed value of a job lives here and nowhere else.
+
+Imports neither torch nor ray, so `ullme-ray check` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from ullme_ray.spec.presets import PRESETS
+from ullme_ray.spec.secrets import SecretRef
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$")]
+
+
+class Section(BaseModel):
+    """A part of the job file: unknown keys refused, values never coerced, never changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class PromptsSpec(Section):
+    query: str = Field("", description="Text put before every query; attended to, left out of mean pooling.")
+    passage: str = Field("", description="Text put before every passage; attended to, left out of mean pooling.")
+
+
+class LoraSpec(Section):
+    rank: PositiveInt = Field(16, description="Rank of the LoRA update matrices.")
+    alpha: PositiveInt = Field(32, description="LoRA scale; the update is multiplied by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.1, description="Dropout on the LoRA input, 0 to 1.")
+
+
+class ScratchSpec(Section):
+    hidden_size: PositiveInt = Field(256, description="Width D of the decoder built for `base: scratch`.")
+    layers: PositiveInt = Field(2, description="Number of decoder layers.")
+    heads: PositiveInt = Field(4, description="Number of attention heads; divides hidden_size.")
+    vocab_size: Annotated[int, Field(ge=300)] = Field(8192, description="Size V of the byte-level BPE vocabulary.")
+
+
+class ModelSpec(Section):
+    base: str = Field(
+        min_length=1,
+        description="Hugging Face name, local folder or s3:// folder of a decoder; `scratch` builds a small one from the job's own texts.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face name.")
+    pooling: Literal["mean", "lasttoken", "cls", "weightedmean"] = Field(
+        "mean", description="How token states become one vector."
+    )
+    max_tokens: Annotated[int, Field(ge=8)] = Field(512, description="Texts are cut to this many tokens, prompt included.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights and activations.")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention backend; auto takes the first of sdpa, eager that passes the bidirectional probe."
+    )
+    prompts: PromptsSpec = Field(default_factory=PromptsSpec, description="Prompts for queries and passages.")
+    lora: LoraSpec | None = Field(None, description="Train LoRA adapters on all linear layers; absent means full fine-tuning.")
+    scratch: ScratchSpec = Field(default_factory=ScratchSpec, description="Shape of the model built for `base: scratch`.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you trust its author.")
+    hub_token: SecretRef | None = Field(None, description="Hugging Face token, as env:NAME or file:PATH.")
+
+
+class DatasetSpec(Section):
+    name: Literal["aws_api_docs"] = Field(
+        description="A data set every installation has: aws_api_docs reads the API documentation inside botocore."
+    )
+    heldout_queries: PositiveInt = Field(300, description="Queries kept out of training, for evaluation.")
+    negatives_per_query: Annotated[int, Field(ge=0)] = Field(4, description="Hard negatives: other operations of the same service.")
+    max_pairs: PositiveInt | None = Field(None, description="Use only this many pairs (seeded choice); absent means all.")
+
+
+class SourceSpec(Section):
+    path: str = Field(min_length=1, description="File or glob of JSONL (.gz allowed) or Parquet rows {query, positive(s), negative(s)}.")
+    weight: Positive = Field(1.0, description="Share of the batches drawn from this source, relative to the others.")
+
+
+class ObjectiveSpec(Section):
+    """What is minimised (METHOD: presets). A preset fills the fields; a field set in the job goes over it."""
+
+    preset: Literal["cl", "sft", "dpo", "grl"] = Field("grl", description="Named set of the values below.")
+    contrastive_weight: NonNegative = Field(description="Weight of the InfoNCE loss.")
+    generation_weight: NonNegative = Field(description="Weight of the generation loss.")
+    alignment_weight: NonNegative = Field(description="Weight of the KL term between embedding and generation relevance.")
+    temperature: Positive = Field(description="Divides cosine similarities in the contrastive loss.")
+    rep_temperature: Positive = Field(description="Divides cosine similarities in the alignment term.")
+    gen_temperature: Positive = Field(description="Divides mean token log-probabilities in the alignment term.")
+    generation: Literal["sft", "dpo"] = Field(description="Form of the generation loss.")
+    dpo_beta: Positive = Field(description="Strength of the pull to the reference model in DPO.")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(description="Share of DPO pairs assumed mislabelled.")
+    dpo_pairs: Literal["all", "first"] = Field(description="DPO pairs of one query: every positive x negative, or the first of each.")
+    reference: Literal["auto", "adapter_off", "frozen_copy", "none"] = Field(
+        description="DPO reference model; auto is adapter_off with LoRA and frozen_copy without."
+    )
+    alignment_direction: Literal["rep_gen", "gen_rep"] = Field(description="KL(P_rep || P_gen) as in the paper, or the reverse.")
+    detach_gen: bool = Field(description="Treat generation relevance as a fixed target in the alignment term.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"preset": value}
+        if isinstance(value, dict):
+            preset = PRESETS.get(str(value.get("preset", "grl")), PRESETS["grl"])
+            return {**preset, **value}
+        return value
+
+    @property
+    def needs_generation(self) -> bool:
+        return self.generation_weight > 0 or self.alignment_weight > 0
+
+    @property
+    def needs_negatives(self) -> bool:
+        return (self.generation_weight > 0 and self.generation == "dpo") or self.alignment_weight > 0
+
+
+class WorkersSpec(Section):
+    num_workers: PositiveInt = Field(1, description="Training ranks W.")
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = Field(0, description="GPUs of one rank: 0 (CPU, gloo) or 1 (NCCL).")
+    cpus_per_worker: PositiveInt = Field(1, description="CPU cores reserved for one rank.")
+
+
+class DeepSpeedSpec(Section):
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: shard nothing, optimizer, + gradients, + parameters.")
+
+
+class TrainSpec(Section):
+    objective: ObjectiveSpec = Field(
+        default_factory=lambda: ObjectiveSpec.model_validate("grl"),
+        description="cl | sft | dpo | grl, or a mapping {preset: grl, temperature: 0.02, ...}.",
+    )
+    data: Annotated[tuple[SourceSpec, ...], Field(strict=False, min_length=1)] = Field(description="Where training rows come from.")
+    global_batch_size: Annotated[int, Field(ge=2)] = Field(64, description="Queries in one optimizer step, over all ranks.")
+    chunk_size: PositiveInt = Field(8, description="Queries of one GradCache chunk: memory only, never the gradient.")
+    positives_per_query: PositiveInt = Field(1, description="Positive passages P taken from a row in one step.")
+    negatives_per_query: Annotated[int, Field(ge=0)] = Field(1, description="Hard negatives N taken from a row in one step.")
+    missing_negatives: Literal["sample", "reject"] = Field(
+        "sample", description="A row with too few hard negatives: fill up with passages of other rows, or leave the row out."
+    )
+    max_steps: PositiveInt = Field(500, description="Optimizer steps.")
+    learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
+    warmup_ratio: Fraction = Field(0.1, description="Share of the steps that warms the learning rate up.")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
+    max_grad_norm: NonNegative = Field(0.0, description="Clip the global gradient norm to this; 0 is no clipping.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    max_generation_tokens: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="Cut of prompt + passage in the generation pass; absent means model.max_tokens."
+    )
+    workers: WorkersSpec = Field(default_factory=WorkersSpec, description="Ray Train workers.")
+    deepspeed: DeepSpeedSpec = Field(default_factory=DeepSpeedSpec, description="DeepSpeed engine.")
+    checkpoint_every_steps: PositiveInt = Field(50, description="Steps between two checkpoints.")
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="Worker deaths survived by restarting from the last checkpoint.")
+    log_every_steps: PositiveInt = Field(1, description="Steps between two lines of metrics.")
+
+
+class LocalSetSpec(Section):
+    path: str = Field(min_length=1, description="Folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv.")
+
+
+class EvaluateSpec(Section):
+    local: Annotated[tuple[LocalSetSpec, ...], Field(strict=False, min_length=1)] = Field(description="Held-out retrieval sets.")
+    compare_base: bool = Field(True, description="Also measure the model as it was before training.")
+    bm25: bool = Field(True, description="Also measure BM25 on the same sets.")
+    k: PositiveInt = Field(10, description="Cut-off of nDCG@k and recall@k.")
+
+
+class EmbedInputSpec(Section):
+    path: str = Field(min_length=1, description="File, folder or glob of JSONL (.gz allowed), CSV or Parquet rows.")
+    id: str | None = Field(None, description="Column with a unique id; absent means file and row number.")
+    text: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        ("text",), description="Columns joined with a newline to make the text."
+    )
+    columns: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Further columns copied into the table.")
+
+
+class EmbedOutputSpec(Section):
+    path: str = Field("run:embeddings", min_length=1, description="Folder of the Delta table of Parquet parts.")
+
+
+class ActorsSpec(Section):
+    min: PositiveInt = Field(1, description="Embedding processes kept at least.")
+    max: PositiveInt = Field(1, description="Embedding processes at most.")
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of one actor; fractions share a GPU.")
+    cpus_per_actor: PositiveInt = Field(1, description="CPU cores reserved for one actor.")
+
+
+class EmbedSpec(Section):
+    input: EmbedInputSpec = Field(description="The corpus.")
+    output: EmbedOutputSpec = Field(default_factory=EmbedOutputSpec, description="The embeddings table.")
+    actors: ActorsSpec = Field(default_factory=ActorsSpec, description="The pool of embedding processes.")
+    rows_per_unit: PositiveInt = Field(4096, description="Rows of one unit: what a crash can cost at most per actor.")
+    tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
+
+
+class ReplicasSpec(Section):
+    min: PositiveInt = Field(1, description="Serving processes kept at least.")
+    max: PositiveInt = Field(1, description="Serving processes at most.")
+
+
+class ServeSpec(Section):
+    host: str = Field("127.0.0.1", description="Address to bind; loopback unless you say otherwise.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to bind; 0 picks a free one.")
+    replicas: ReplicasSpec = Field(default_factory=ReplicasSpec, description="The pool of serving processes.")
+    gpus_per_replica: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of one replica; fractions share a GPU.")
+    cpus_per_replica: PositiveInt = Field(1, description="CPU cores reserved for one replica.")
+    api_keys: SecretRef | None = Field(None, description="Accepted API keys, one per line or comma-separated, as env:NAME or file:PATH.")
+    tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
+    batch_wait_ms: Annotated[float, Field(ge=0.0, le=1000.0)] = Field(
+        2.0, description="How long a request may wait for others to share its forward pass."
+    )
+    max_inputs: PositiveInt = Field(2048, description="Texts in one request at most.")
+    max_body_bytes: PositiveInt = Field(8 * 2**20, description="Size of one request at most.")
+    max_queued_requests: PositiveInt = Field(512, description="Requests waiting at most; beyond it the answer is 429.")
+    keep_running: bool = Field(True, description="`run` goes on serving until Ctrl-C; false stops after the questions of `search`.")
+
+
+class SearchSpec(Section):
+    questions: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Asked by `run` once the server is up.")
+    top_k: PositiveInt = Field(3, description="Passages printed per question.")
+
+
+class ClusterSpec(Section):
+    address: str | None = Field(None, description="Ray cluster to join, such as auto or ray://host:10001; absent starts a local one.")
+
+
+class JobSpec(Section):
+    """A whole job. Folders: everything lies under `storage`/`name`; a path `run:x` means x inside that folder."""
+
+    name: Name = Field(description="Name of the run: lower-case letters, digits and dashes, at most 47.")
+    storage: str = Field("runs", min_length=1, description="Local folder or s3:// prefix under which the run's folder is made.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(13, description="Seed of data order, initial weights and dropout.")
+    model: ModelSpec = Field(description="The decoder and how its states become a vector.")
+    dataset: DatasetSpec | None = Field(None, description="A built-in data set, written to run:data before the first stage.")
+    train: TrainSpec | None = Field(None, description="Fine-tuning on Ray Train and DeepSpeed.")
+    evaluate: EvaluateSpec | None = Field(None, description="Retrieval quality on held-out queries.")
+    embed: EmbedSpec | None = Field(None, description="Batch embedding on Ray Data into a Delta table.")
+    serve: ServeSpec | None = Field(None, description="HTTP serving on Ray Serve.")
+    search: SearchSpec = Field(default_factory=SearchSpec, description="Questions asked of the table.")
+    cluster: ClusterSpec = Field(default_factory=ClusterSpec, description="Where the job runs.")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that this job has, in the order in which `run` takes them."""
+        return tuple(stage for stage in ("train", "evaluate", "embed", "serve") if getattr(self, stage) is not None)

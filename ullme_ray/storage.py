@@ -1,0 +1,239 @@
+"""Local folders and object stores behind one set of functions. A file appears whole or not at all.
+
+Paths are absolute local paths or `s3://bucket/key`. S3 is reached through s3fs with the usual AWS_* environment
+(AWS_ENDPOINT_URL for other stores); no credentials pass through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+from ullme_ray.errors import StorageError
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file and what tells it from another version of itself: its etag, or its size and modification time."""
+
+    path: str
+    num_bytes: int
+    version: str
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def join(base: str, *parts: str) -> str:
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+@lru_cache(maxsize=8)
+def _remote(scheme: str) -> Any:
+    if scheme != "s3":
+        raise StorageError(f"scheme {scheme}:// is not supported; use a local path or s3://")
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}},
+    )
+
+
+def filesystem(path: str) -> Any:
+    """The fsspec file system of a remote path."""
+    return _remote(path.partition("://")[0])
+
+
+@contextlib.contextmanager
+def _explained(action: str, path: str) -> Iterator[None]:
+    """Turns the many errors of object stores into one that names the path. A missing file stays FileNotFoundError."""
+    try:
+        yield
+    except (FileNotFoundError, StorageError):
+        raise
+    except Exception as error:  # botocore's errors share no base with OSError
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        hint = ""
+        if path.startswith("s3://"):
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+            hint = f"; endpoint is {endpoint}: check AWS_ENDPOINT_URL, the bucket's name and the credentials"
+        raise StorageError(f"cannot {action} {path} ({reason}){hint}") from error
+
+
+def exists(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.exists(path)
+    with _explained("look up", path):
+        return bool(filesystem(path).exists(path))
+
+
+def read_bytes(path: str) -> bytes:
+    """Raises FileNotFoundError for a missing file, StorageError for any other fault."""
+    with _explained("read", path):
+        if not is_remote(path):
+            return Path(path).read_bytes()
+        return bytes(filesystem(path).cat_file(path))
+
+
+def read_text(path: str) -> str:
+    return read_bytes(path).decode("utf-8")
+
+
+@contextlib.contextmanager
+def open_read(path: str) -> Iterator[IO[bytes]]:
+    """A seekable binary stream."""
+    with _explained("read", path):
+        stream = open(path, "rb") if not is_remote(path) else filesystem(path).open(path, "rb")
+    with stream:
+        yield stream
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Publishes `data` at `path` in one operation: readers see the old content or the new, never a part."""
+    with _explained("write", path):
+        if is_remote(path):
+            filesystem(path).pipe_file(path, data)
+            return
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def write_text(path: str, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def put_file(local: str | Path, path: str) -> None:
+    """Publishes a local file at `path` in one operation (a multipart upload shows nothing until it is complete)."""
+    with _explained("write", path):
+        if is_remote(path):
+            filesystem(path).put_file(str(local), path)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{os.getpid()}.tmp"
+        try:
+            shutil.copyfile(local, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def put_folder(local: str | Path, path: str) -> None:
+    """Publishes every file of a local folder below `path`, one by one, in name order."""
+    files = sorted(file for file in Path(local).rglob("*") if file.is_file())
+    for file in files:
+        put_file(file, join(path, file.relative_to(local).as_posix()))
+
+
+def list_files(pattern: str) -> list[FileInfo]:
+    """The files that a path, folder or glob (`*`, `**`) names, sorted by path; hidden files (`.x`, `_x`) left out.
+
+    Raises:
+        StorageError: the store cannot be listed. An empty list is no error here.
+    """
+    with _explained("list", pattern):
+        if not is_remote(pattern):
+            names = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern]
+            found = [f for name in names for f in ([name] if os.path.isfile(name) else _walk(name))]
+            infos = [_local_info(name) for name in dict.fromkeys(found)]
+        else:
+            store = filesystem(pattern)
+            if glob.has_magic(pattern):
+                details = store.glob(pattern, detail=True).values()
+            else:
+                details = store.find(pattern, detail=True).values()
+            infos = [_remote_info(pattern, detail) for detail in details if detail["type"] == "file"]
+    return sorted((i for i in infos if not os.path.basename(i.path).startswith((".", "_"))), key=lambda i: i.path)
+
+
+def _walk(folder: str) -> list[str]:
+    return [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+
+
+def _local_info(name: str) -> FileInfo:
+    stat = os.stat(name)
+    return FileInfo(os.path.abspath(name), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _remote_info(pattern: str, detail: dict[str, Any]) -> FileInfo:
+    path = f"{pattern.partition('://')[0]}://{detail['name']}"
+    etag = str(detail.get("ETag", "")).strip('"')
+    return FileInfo(path, int(detail["size"]), etag or f"{detail['size']}-{detail.get('LastModified')}")
+
+
+def remove(path: str) -> None:
+    """Removes a file, or a folder with all below it; a missing one is no error."""
+    with _explained("remove", path):
+        if not is_remote(path):
+            shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+            return
+        store = filesystem(path)
+        for name in store.find(path):  # one by one: some stores refuse bulk deletes without Content-MD5
+            store.rm_file(name)
+
+
+def fetch_folder(path: str) -> str:
+    """A local folder with the files of `path`: itself if local, else a cached copy keyed by the files' versions.
+
+    Raises:
+        StorageError: the folder is missing or empty.
+    """
+    if not is_remote(path):
+        if not os.path.isdir(path):
+            raise StorageError(f"folder {path} does not exist")
+        return path
+    files = list_files(path.rstrip("/"))
+    if not files:
+        raise StorageError(f"folder {path} is empty or does not exist")
+    key = hashlib.sha256(repr([(f.path, f.version) for f in files]).encode()).hexdigest()[:24]
+    target = Path(tempfile.gettempdir()) / "ullme_ray_cache" / key
+    if target.is_dir():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = tempfile.mkdtemp(dir=target.parent, prefix=".partial-")
+    prefix = path.rstrip("/") + "/"
+    with _explained("fetch", path):
+        for file in files:
+            local = Path(partial) / file.path.removeprefix(prefix)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            filesystem(path).get_file(file.path, str(local))
+    try:
+        os.rename(partial, target)
+    except OSError:  # another process was faster; its copy is the same
+        shutil.rmtree(partial)
+    return str(target)
+
+
+def check_writable(folder: str) -> None:
+    """Writes and removes a small file below `folder`, so that a run fails before its work and not after it.
+
+    Raises:
+        StorageError: with the reason.
+    """
+    probe = join(folder, f"write-check-{os.getpid()}.tmp")
+    write_bytes(probe, b"ok")
+    remove(probe)
