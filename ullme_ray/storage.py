@@ -95,7 +95,7 @@ def read_text(path: str) -> str:
 def open_read(path: str) -> Iterator[IO[bytes]]:
     """A seekable binary stream."""
     with _explained("read", path):
-        stream = open(path, "rb") if not is_remote(path) else filesystem(path).open(path, "rb")
+        stream = filesystem(path).open(path, "rb") if is_remote(path) else Path(path).open("rb")  # noqa: SIM115
     with stream:
         yield stream
 

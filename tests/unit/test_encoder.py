@@ -1,0 +1,170 @@
+"""The encoder against itself: padding sides, batch mixes, prompts, and the export against two other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ullme_ray.errors import ModelError
+from ullme_ray.model import Encoder, open_encoder
+from ullme_ray.model.backbone import load_causal_lm
+from ullme_ray.model.encode import TokenBatch, encode_batch, pad_batch
+from ullme_ray.model.encoder import EncoderSettings, check_probe, load_encoder, token_budget_batches
+from ullme_ray.model.export import export_encoder
+from ullme_ray.model.pooling import pool, pooling_mask
+from ullme_ray.spec import JobSpec
+
+POOLINGS = ("mean", "lasttoken", "cls", "weightedmean")
+TEXTS = [
+    "make a bucket private",
+    "a",
+    "deletes the public access policy of a bucket, the key and the object",
+    "list",
+    "creates a table; the query returns a value " * 12,
+]
+
+
+def make_job(base: str, **model: object) -> JobSpec:
+    settings = {"base": base, "max_tokens": 64, "prompts": {"query": "Find the answer:\n", "passage": "Text:\n"}, **model}
+    return JobSpec.model_validate({"name": "t", "model": settings, "embed": {"input": {"path": "x"}}})
+
+
+def make_encoder(base: str, **model: object) -> Encoder:
+    return open_encoder(make_job(base, **model), device="cpu")
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pooling_of_states_a_person_can_compute(pooling: str) -> None:
+    # Row 0: padding right, prompt of one token, own tokens 3 and 5. Row 1: the same text padded left.
+    states = torch.tensor([[[9.0, 9], [3, 0], [0, 5], [7, 7]], [[7, 7], [9, 9], [3, 0], [0, 5]]])
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    own = pooling_mask(mask, torch.tensor([1, 1]))
+    expected = {
+        "mean": [1.5, 2.5],
+        "weightedmean": [2 * 3 / 5, 3 * 5 / 5],  # weights are positions among real tokens, prompt counted: 2 and 3
+        "lasttoken": [0.0, 5.0],
+        "cls": [3.0, 0.0],
+    }[pooling]
+    unit = torch.tensor(expected) / torch.tensor(expected).norm()
+    torch.testing.assert_close(pool(states, mask, own, pooling), unit.expand(2, 2))
+
+
+def test_text_of_nothing_but_prompt_gives_a_finite_vector() -> None:
+    own = pooling_mask(torch.tensor([[1, 1, 0]]), torch.tensor([2]))
+    assert own.tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("prompt", ["query", "passage"])
+def test_same_text_same_vector_in_any_batch_and_padding(tiny_base: str, pooling: str, prompt: str) -> None:
+    encoder = make_encoder(tiny_base, pooling=pooling)
+    alone = np.concatenate([encoder.encode([text], prompt) for text in TEXTS])  # type: ignore[arg-type]
+    together = encoder.encode(TEXTS, prompt)  # type: ignore[arg-type]
+    shuffled = encoder.encode(TEXTS[::-1], prompt, tokens_per_batch=70)[::-1]  # type: ignore[arg-type]
+    tokens = encoder.tokenizer.tokenize(TEXTS, prompt)  # type: ignore[arg-type]
+    right = pad_batch(tokens.input_ids, tokens.prompt_length, 0)
+    flip = [
+        torch.stack([row.roll(int((m == 0).sum())) for row, m in zip(t, right.attention_mask)])
+        for t in (right.input_ids, right.attention_mask)
+    ]
+    with torch.inference_mode():
+        left = encode_batch(encoder.backbone, TokenBatch(flip[0], flip[1], right.prompt_lengths), pooling).numpy()
+    assert flip[1][1, 0] == 0, "the short text must really be padded on the left"
+    for other in (together, shuffled, left):
+        assert (alone * other).sum(axis=1).min() >= 0.999999
+
+
+def test_prompt_is_attended_but_not_pooled(tiny_base: str) -> None:
+    """Another prompt moves the vector (attended); pooling over all tokens would give another one again (left out)."""
+    encoder = make_encoder(tiny_base)
+    query, passage = encoder.encode(["a bucket"], "query")[0], encoder.encode(["a bucket"], "passage")[0]
+    assert query @ passage < 0.9999
+    tokens = encoder.tokenizer.tokenize(["a bucket"], "query")
+    assert tokens.prompt_length > 3
+    with torch.inference_mode():
+        everything = encode_batch(encoder.backbone, pad_batch(tokens.input_ids, 0, 0), "mean").numpy()[0]
+    assert query @ everything < 0.9999
+
+
+def test_prompt_that_swallows_a_short_text_still_gives_a_unit_vector(tiny_base: str) -> None:
+    """`"Text: " + "a"` is tokenized as `Text`, `:`, ` a`: no token is the text's alone, and pooling falls back to all."""
+    encoder = make_encoder(tiny_base, prompts={"passage": "Text: "})
+    tokens = encoder.tokenizer.tokenize(["a"], "passage")
+    assert tokens.prompt_length == len(tokens.input_ids[0])
+    assert np.linalg.norm(encoder.encode(["a"])[0]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_truncation_is_told(tiny_base: str) -> None:
+    tokens = make_encoder(tiny_base).tokenizer.tokenize(["a", "a bucket " * 200], "passage")
+    assert tokens.truncated == [False, True]
+    assert len(tokens.input_ids[1]) == 64
+
+
+def test_prompt_without_room_for_text_is_refused(tiny_base: str) -> None:
+    with pytest.raises(ModelError, match=r"model\.prompts\.query is \d+ tokens long"):
+        make_encoder(tiny_base, max_tokens=8)
+
+
+def test_generation_tokens_end_with_the_passage(tiny_base: str) -> None:
+    tokenizer = make_encoder(tiny_base).tokenizer
+    tokens = tokenizer.tokenize_generation("make a bucket private", "access policy", max_tokens=64)
+    end = tokenizer.hf.eos_token_id
+    assert tokenizer.hf.decode(tokens.input_ids[-tokens.passage_length : -1]) == "access policy"
+    assert tokens.input_ids[-1] == end
+    long = tokenizer.tokenize_generation("query " * 100, "access " * 100, max_tokens=64)
+    assert len(long.input_ids) == 64
+    assert long.passage_length > 30
+
+
+def test_token_budget_batches_hold_every_row_once_within_budget() -> None:
+    lengths = [5, 100, 7, 7, 1, 64, 64, 3]
+    batches = list(token_budget_batches(lengths, 64))
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert all(len(b) == 1 or len(b) * max(lengths[r] for r in b) <= 64 for b in batches)
+    assert [1] in batches  # longer than the budget: alone, never dropped
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_export_gives_equal_vectors_in_sentence_transformers_and_automodel(
+    tiny_base: str, tmp_path: Path, pooling: str
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoTokenizer
+
+    job = make_job(tiny_base, pooling=pooling)
+    lm = load_causal_lm(tiny_base, job.model)
+    folder = str(tmp_path / "model")
+    exported = export_encoder(lm.base_model, make_encoder(tiny_base).tokenizer.hf, job, folder, training={"steps": 0})
+    before = make_encoder(tiny_base, pooling=pooling)
+    ours = {prompt: before.encode(TEXTS, prompt) for prompt in ("query", "passage")}  # type: ignore[arg-type]
+    st = SentenceTransformer(folder, device="cpu")
+    auto = AutoModel.from_pretrained(folder).eval()
+    hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+    for prompt, vectors in ours.items():
+        theirs = st.encode(TEXTS, prompt_name=prompt)
+        assert (vectors * theirs).sum(axis=1).min() >= 0.9999
+        assert (vectors * exported.encode(TEXTS, prompt)).sum(axis=1).min() >= 0.999999  # type: ignore[arg-type]
+        tokens = exported.tokenizer.tokenize(TEXTS, prompt)  # type: ignore[arg-type]
+        batch = pad_batch(tokens.input_ids, tokens.prompt_length, hf_tokenizer.pad_token_id)
+        with torch.inference_mode():
+            states = auto(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        own = pooling_mask(batch.attention_mask, batch.prompt_lengths)
+        plain = pool(states, batch.attention_mask, own, pooling).numpy()
+        assert (vectors * plain).sum(axis=1).min() >= 0.9999
+    # The control: without is_causal: false the same folder gives other vectors, and our loader says so.
+    config = (Path(folder) / "config.json").read_text()
+    assert '"is_causal": false' in config
+    assert check_probe(exported, folder) >= 0.999999
+    other = load_encoder(
+        tiny_base,
+        EncoderSettings.of(
+            job.model.model_copy(update={"prompts": job.model.prompts.model_copy(update={"query": "", "passage": ""})})
+        ),
+        job.model,
+        device="cpu",
+    )
+    with pytest.raises(ModelError, match="computes other vectors"):
+        check_probe(other, folder)

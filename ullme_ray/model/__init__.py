@@ -1,0 +1,29 @@
+"""Decoders as embedders: tokenizing, bidirectional encoding, pooling, export. Knows nothing of Ray or DeepSpeed."""
+
+from ullme_ray.model.backbone import base_folder, check_base
+from ullme_ray.model.base import ensure_base
+from ullme_ray.model.encoder import (
+    Encoder,
+    EncoderSettings,
+    check_probe,
+    encoder_fingerprint,
+    encoder_folder,
+    open_encoder,
+    open_tokenizer,
+)
+from ullme_ray.model.tokenizing import TextTokenizer, Tokens
+
+__all__ = [
+    "Encoder",
+    "EncoderSettings",
+    "TextTokenizer",
+    "Tokens",
+    "base_folder",
+    "check_base",
+    "check_probe",
+    "encoder_fingerprint",
+    "encoder_folder",
+    "ensure_base",
+    "open_encoder",
+    "open_tokenizer",
+]

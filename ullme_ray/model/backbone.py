@@ -1,0 +1,184 @@
+"""Loading decoders: where the files are, how they attend, and what is refused.
+
+Everything is loaded from a local folder of safetensors; hub names and s3:// folders are fetched first.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ullme_ray import storage
+from ullme_ray.errors import ModelError, StorageError
+from ullme_ray.model.probe import probe_attention
+from ullme_ray.spec.job import JobSpec, ModelSpec
+from ullme_ray.spec.run_folder import RunFolder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+_HUB_IGNORED = ["original/*", "onnx/*", "openvino/*"]
+
+
+def base_folder(job: JobSpec) -> str:
+    """Local folder of the job's base model.
+
+    Raises:
+        ModelError: it cannot be found or fetched.
+    """
+    model = job.model
+    try:
+        if model.base == "scratch":
+            return storage.fetch_folder(RunFolder.of(job).base)
+        path = os.path.expanduser(model.base)
+        if storage.is_remote(model.base):
+            return storage.fetch_folder(model.base)
+        if os.path.isdir(path):
+            return os.path.abspath(path)
+    except StorageError as error:
+        raise ModelError(f"model.base = {model.base} cannot be read: {error}") from error
+    if path.startswith((".", "/")) or path.count("/") > 1:
+        raise ModelError(
+            f"model.base = {model.base} is not a folder; give a model folder, an s3:// folder or a Hugging Face name"
+        )
+    return _fetch_from_hub(model)
+
+
+def _fetch_from_hub(model: ModelSpec) -> str:
+    from huggingface_hub import snapshot_download
+
+    token = model.hub_token.reveal().get_secret_value() if model.hub_token else None
+    try:
+        return snapshot_download(
+            model.base, revision=model.revision, token=token, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+        )
+    except Exception as error:  # noqa: BLE001 - the hub client raises many kinds; all mean that the model is not to be had
+        raise ModelError(
+            f"model.base = {model.base} is neither a local folder nor reachable on the Hugging Face hub "
+            f"({type(error).__name__}); check the name, the network and model.hub_token, or give a local folder"
+        ) from None
+
+
+def load_config(folder: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's config with every dropout inside the model off: METHOD's dropout is LoRA's, whose masks we own.
+
+    Raises:
+        ModelError: no config, or one transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"no model config can be loaded from {folder}: {str(error).splitlines()[0]}") from error
+    for key, value in list(vars(config).items()):
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    if getattr(config, "is_causal", None) is False:
+        config.is_causal = True  # an export of ours: both passes must be possible, and encode asks at each call
+    return config
+
+
+def _backends(attention: str) -> tuple[str, ...]:
+    return ("sdpa", "eager") if attention == "auto" else (attention,)
+
+
+def _load(auto_class: Any, folder: str, model: ModelSpec, dtype: torch.dtype, device: str) -> Any:
+    config = load_config(folder, trust_remote_code=model.trust_remote_code)
+    last_error: Exception | None = None
+    for backend in _backends(model.attention):
+        try:
+            module = auto_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=backend,
+                use_safetensors=True,
+                trust_remote_code=model.trust_remote_code,
+                local_files_only=True,
+            ).to(device)
+            backbone = module.base_model if hasattr(module, "lm_head") or module.base_model is not module else module
+            probe_attention(backbone, config.get_text_config().vocab_size)
+        except ModelError as error:
+            last_error = error
+        except (OSError, ValueError, ImportError) as error:  # no sdpa in this family, no safetensors, no flash-attn
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            last_error = ModelError(f"{folder} cannot be loaded with {backend} attention: {first_line}")
+        else:
+            return module.eval()
+    assert last_error is not None
+    raise last_error
+
+
+def load_backbone(folder: str, model: ModelSpec, *, device: str = "cpu") -> Any:
+    """The decoder without its language-model head, probed, in eval mode.
+
+    Raises:
+        ModelError: it cannot be loaded, or cannot attend both ways.
+    """
+    from transformers import AutoModel
+
+    return _load(AutoModel, folder, model, DTYPES[model.dtype], device)
+
+
+def load_causal_lm(folder: str, model: ModelSpec, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """The decoder with its language-model head, probed, in eval mode; `dtype` over the job's (fp32 master weights)."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, folder, model, dtype or DTYPES[model.dtype], device)
+
+
+def check_family(config: Any, model: ModelSpec) -> str:
+    """Probes a two-layer random model of the same family, in a second and without its weights.
+
+    Returns:
+        The attention backend that passed.
+
+    Raises:
+        ModelError: the family cannot be an embedder.
+    """
+    import copy
+
+    from transformers import AutoModel
+
+    small = copy.deepcopy(config)
+    for key, value in {"num_hidden_layers": 2, "vocab_size": 256, "intermediate_size": 64, "pad_token_id": 0}.items():
+        if isinstance(getattr(small, key, None), int):
+            setattr(small, key, value)
+    if isinstance(getattr(small, "layer_types", None), list):
+        small.layer_types = small.layer_types[:2]
+    last_error: Exception | None = None
+    for backend in _backends(model.attention):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                backbone = AutoModel.from_config(
+                    small, attn_implementation=backend, trust_remote_code=model.trust_remote_code
+                ).float()
+            probe_attention(backbone, small.vocab_size)
+        except ModelError as error:
+            last_error = error
+        except (ValueError, ImportError) as error:
+            last_error = ModelError(f"model family {config.model_type}: {(str(error).splitlines() or ['refused'])[0]}")
+        else:
+            return backend
+    assert last_error is not None
+    raise last_error
+
+
+def check_base(job: JobSpec) -> None:
+    """Before long work: is the base there, a decoder with safetensors, and able to attend both ways?
+
+    Raises:
+        ModelError: with the reason.
+    """
+    if job.model.base == "scratch":
+        return
+    folder = base_folder(job)
+    config = load_config(folder, trust_remote_code=job.model.trust_remote_code)
+    if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        raise ModelError(
+            f"model.base = {job.model.base} holds no .safetensors file; other weight formats can run code and are refused"
+        )
+    check_family(config, job.model)

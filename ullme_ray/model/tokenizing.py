@@ -1,0 +1,131 @@
+"""Text -> token ids, for both passes of the backbone. CPU only; a tokenizer is cheap to load and holds no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ullme_ray.errors import ModelError
+
+PromptName = Literal["query", "passage"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts of one prompt as token ids, prompt included; `prompt_length` leading ids belong to the prompt."""
+
+    input_ids: list[list[int]]
+    prompt_length: int
+    truncated: list[bool]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(ids) for ids in self.input_ids)
+
+
+@dataclass(frozen=True)
+class GenerationTokens:
+    """One prompt and the passage that should follow it; only the last `passage_length` ids are scored."""
+
+    input_ids: list[int]
+    passage_length: int
+
+
+class TextTokenizer:
+    """The tokenizer of a model together with its prompts and its length limit.
+
+    Prompt handling is that of sentence-transformers, so that an export gives the same ids there: prompt and text are one
+    string, and the prompt's length is that of the prompt tokenized alone, less a closing special token.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_tokens: int, query_prompt: str, passage_prompt: str) -> None:
+        self.hf = tokenizer
+        self.max_tokens = max_tokens
+        self.prompts: dict[str, str] = {"query": query_prompt, "passage": passage_prompt}
+        self._prompt_lengths = {name: self._prompt_length(prompt) for name, prompt in self.prompts.items()}
+        for name, length in self._prompt_lengths.items():
+            if length >= max_tokens:
+                raise ModelError(
+                    f"model.prompts.{name} is {length} tokens long, which leaves no room for text within model.max_tokens = "
+                    f"{max_tokens}; shorten the prompt or raise model.max_tokens"
+                )
+
+    @property
+    def pad_id(self) -> int:
+        """Filler for padding. Its value never matters: padding is masked everywhere."""
+        for candidate in (self.hf.pad_token_id, self.hf.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def tokenize(self, texts: Sequence[str], prompt: PromptName) -> Tokens:
+        """Ids of `prompt + text`, cut to `max_tokens`; `truncated` tells which texts lost something."""
+        text = self.prompts[prompt]
+        if not texts:
+            return Tokens([], self._prompt_lengths[prompt], [])
+        batch = self.hf(
+            [text + t for t in texts],
+            truncation=True,
+            max_length=self.max_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        truncated = [bool(encoding.overflowing) for encoding in batch.encodings]
+        # A text that tokenizes to nothing (no special tokens, empty string) still needs one position to pool.
+        input_ids = [ids or [self.pad_id] for ids in batch["input_ids"]]
+        return Tokens(input_ids, self._prompt_lengths[prompt], truncated)
+
+    def wrap_ids(self, ids: Sequence[Sequence[int]]) -> Tokens:
+        """Ids that a caller tokenized itself: taken as they are, without prompt, cut to `max_tokens`."""
+        limit = self.max_tokens
+        return Tokens([list(i[:limit]) for i in ids], 0, [len(i) > limit for i in ids])
+
+    def tokenize_generation(self, query: str, passage: str, *, max_tokens: int) -> GenerationTokens:
+        """Ids of `gen_prompt(query)` followed by the passage and an end token (METHOD: generate).
+
+        The family's chat template makes the prompt where there is one, else the query and a line break. A query is cut to a
+        third of the room, the passage to what is left.
+        """
+        query = self._cut(self.prompts["query"] + query, max_tokens // 3)
+        if getattr(self.hf, "chat_template", None):
+            text = self.hf.apply_chat_template([{"role": "user", "content": query}], tokenize=False, add_generation_prompt=True)
+            prompt_ids = self.hf(text, add_special_tokens=False)["input_ids"]
+        else:
+            prompt_ids = self._without_closing_token(self.hf(query + "\n")["input_ids"])
+        room = max(2, max_tokens - len(prompt_ids))
+        passage_ids = self.hf(passage, add_special_tokens=False)["input_ids"]
+        end = [self.hf.eos_token_id] if self.hf.eos_token_id is not None else []
+        passage_ids = [*passage_ids, *end][:room]
+        # The first scored token is predicted from the last prompt token, so there must be one.
+        prompt_ids = prompt_ids or [self.pad_id]
+        return GenerationTokens([*prompt_ids, *passage_ids], len(passage_ids))
+
+    def _cut(self, text: str, max_tokens: int) -> str:
+        encoding = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoding["offset_mapping"]
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
+
+    def _prompt_length(self, prompt: str) -> int:
+        return len(self._without_closing_token(self.hf(prompt)["input_ids"])) if prompt else 0
+
+    def _without_closing_token(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] in self.hf.all_special_ids else ids
+
+
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> Any:
+    """The fast tokenizer in a model folder, padding on the right.
+
+    Raises:
+        ModelError: there is none, or only a slow one (no offsets, no truncation report).
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"no tokenizer can be loaded from {folder}: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer in {folder} is not a fast one; save a tokenizer.json beside it")
+    tokenizer.padding_side = "right"
+    return tokenizer
