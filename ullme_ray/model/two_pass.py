@@ -1,0 +1,193 @@
+"""The model in training: one backbone that encodes (both ways) and generates (one way), with or without LoRA."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ullme_ray.model.backbone import load_causal_lm
+from ullme_ray.model.dropout import RowSeeds, replace_dropout
+from ullme_ray.model.encode import TokenBatch, accepts, encode_batch, forward_inputs
+from ullme_ray.spec.job import LoraSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class GenerationBatch:
+    """Prompt + passage per row, padded on the right; the last `passage_lengths` real tokens of a row are scored."""
+
+    input_ids: Tensor  # (R, L)
+    attention_mask: Tensor  # (R, L)
+    passage_lengths: Tensor  # (R,)
+
+    def rows(self, start: int, stop: int) -> GenerationBatch:
+        """Rows [start, stop), without the columns that are padding for all of them."""
+        mask = self.attention_mask[start:stop]
+        longest = int(mask.sum(dim=1).max())
+        return GenerationBatch(self.input_ids[start:stop, :longest], mask[:, :longest], self.passage_lengths[start:stop])
+
+    def to(self, device: torch.device | str) -> GenerationBatch:
+        return GenerationBatch(self.input_ids.to(device), self.attention_mask.to(device), self.passage_lengths.to(device))
+
+
+class PassageLogps(NamedTuple):
+    """log p(passage | prompt) per row, float32."""
+
+    total: Tensor  # (R,)
+    mean: Tensor  # (R,) per scored token
+
+
+def passage_logps(lm: Any, batch: GenerationBatch) -> PassageLogps:
+    """Scores the passages under causal attention; prompt and padding tokens count for nothing (METHOD: generate).
+
+    Memory: logits from the first scored position on, and a float32 copy of the scored ones only, (num_scored, V).
+    """
+    lengths = batch.attention_mask.sum(dim=1)  # (R,)
+    first_scored = lengths - batch.passage_lengths  # (R,)
+    width = batch.input_ids.shape[1]
+    kept = width - int(first_scored.min()) + 1  # logits at t predict token t + 1, so one position before the first
+    inputs = forward_inputs(lm, batch.input_ids, batch.attention_mask)
+    if accepts(type(lm).forward, "logits_to_keep"):
+        inputs["logits_to_keep"] = kept
+    logits = lm(**inputs).logits[:, -kept:-1]  # (R, kept - 1, V)
+    targets = batch.input_ids[:, width - kept + 1 :]  # (R, kept - 1)
+    column = torch.arange(width - kept + 1, width, device=targets.device)  # position of each target
+    scored = (column >= first_scored[:, None]) & (column < lengths[:, None])  # (R, kept - 1)
+    token_logps = -cross_entropy(logits[scored].float(), targets[scored], reduction="none")  # (num_scored,)
+    row = scored.nonzero()[:, 0]
+    total = torch.zeros(len(lengths), device=token_logps.device).index_add(0, row, token_logps)
+    return PassageLogps(total, total / batch.passage_lengths)
+
+
+class TwoPassModel(nn.Module):
+    """Encode and generate in one forward call, so that an engine which shards parameters sees one module and one call.
+
+    Args:
+        lm: a causal language model, plain or wrapped by peft.
+        pooling: of the encode pass.
+        reference: of DPO: `adapter_off`, `frozen_copy` or `none`.
+    """
+
+    def __init__(self, lm: Any, *, pooling: str, reference: str, seeds: RowSeeds) -> None:
+        super().__init__()
+        self.lm = lm
+        self.pooling = pooling
+        self.reference = reference
+        self.seeds = seeds
+        # In a list, so that it is no submodule: nothing of it is trained, sharded or saved.
+        self._frozen: list[Any] = [copy.deepcopy(lm).requires_grad_(False).eval()] if reference == "frozen_copy" else []
+
+    @property
+    def causal_lm(self) -> Any:
+        """The language model below any adapter; LoRA lives inside its layers."""
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    def forward(
+        self,
+        queries: TokenBatch,
+        passages: TokenBatch,
+        generation: GenerationBatch | None = None,
+        *,
+        seeds: tuple[Tensor, Tensor, Tensor],
+        with_reference: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Both passes over one chunk of C queries with K passages each.
+
+        Args:
+            queries: (C, L) and passages: (C*K, L'), two forward passes, for queries are often much shorter.
+            generation: (C*K, L'') prompt + passage rows, or None for the encode pass alone.
+            seeds: dropout seeds of the rows of queries, passages and generation.
+            with_reference: also score `generation` under the reference model.
+
+        Returns:
+            query embedding (C, D), passage embedding (C*K, D), and, each (C*K,) or None where not asked: summed log-probs,
+            mean log-probs, the reference's summed log-probs.
+        """
+        backbone = self.causal_lm.base_model
+        with self.seeds.use(seeds[0]):
+            query_embedding = encode_batch(backbone, queries, self.pooling)
+        with self.seeds.use(seeds[1]):
+            passage_embedding = encode_batch(backbone, passages, self.pooling)
+        if generation is None:
+            return query_embedding, passage_embedding, None, None, None
+        with self.seeds.use(seeds[2]):
+            logps = passage_logps(self.causal_lm, generation)
+        reference = self._reference_logps(generation) if with_reference and self.reference != "none" else None
+        return query_embedding, passage_embedding, logps.total, logps.mean, reference
+
+    @torch.no_grad()
+    def _reference_logps(self, generation: GenerationBatch) -> Tensor:
+        if self.reference == "frozen_copy":
+            frozen = self._frozen[0].to(generation.input_ids.device)
+            return passage_logps(frozen, generation).total
+        was_training = self.training
+        self.lm.eval()
+        try:
+            with self.lm.disable_adapter():
+                return passage_logps(self.causal_lm, generation).total
+        finally:
+            self.lm.train(was_training)
+
+
+def add_lora(lm: Any, lora: LoraSpec, seeds: RowSeeds) -> Any:
+    """Wraps a model with LoRA on all its linear layers but the head; everything else is frozen."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    wrapped = peft.get_peft_model(lm, config)
+    replace_dropout(wrapped, seeds)
+    return wrapped
+
+
+def build_two_pass(
+    folder: str,
+    model: ModelSpec,
+    *,
+    reference: str,
+    gradient_checkpointing: bool = False,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> TwoPassModel:
+    """Loads the base model for training.
+
+    Args:
+        folder: local model folder.
+        reference: `auto`, `adapter_off`, `frozen_copy` or `none`; auto is adapter_off with LoRA, else frozen_copy.
+        dtype: of the weights, over `model.dtype`.
+        seed: of the LoRA matrices' start.
+
+    Raises:
+        ModelError: the model cannot be loaded or cannot attend both ways.
+    """
+    lm = load_causal_lm(folder, model, dtype=dtype)
+    seeds = RowSeeds()
+    if model.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lm = add_lora(lm, model.lora, seeds)
+    if reference == "auto":
+        reference = "adapter_off" if model.lora is not None else "frozen_copy"
+    module = TwoPassModel(lm, pooling=model.pooling, reference=reference, seeds=seeds)
+    if gradient_checkpointing:
+        causal_lm = module.causal_lm
+        causal_lm.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={
+                "use_reentrant": False,
+                "preserve_rng_state": False,  # nothing here draws from a random state
+                "context_fn": seeds.checkpoint_contexts,
+            }
+        )
+        if model.lora is not None:
+            causal_lm.enable_input_require_grads()
+    return module.train()
+
+
+def merge_lora(module: TwoPassModel) -> Any:
+    """The causal language model with its adapter folded into the weights."""
+    return module.lm.merge_and_unload() if module.lm is not module.causal_lm else module.lm

@@ -1,0 +1,111 @@
+"""Rows -> tensors of one rank's batch. Row i is query i with its own K passages, in every tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ullme_ray.model.encode import TokenBatch, pad_batch
+from ullme_ray.model.tokenizing import TextTokenizer
+from ullme_ray.model.two_pass import GenerationBatch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a step: a query, its P positives and N hard negatives, and its number in the global batch."""
+
+    row: int
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...]
+
+    @property
+    def passages(self) -> tuple[str, ...]:
+        return (*self.positives, *self.negatives)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """B rows of one rank, or C rows of a chunk of it."""
+
+    queries: TokenBatch  # (B, L)
+    passages: TokenBatch  # (B*K, L); passage j of query i is row i*K + j
+    generation: GenerationBatch | None  # (B*K, L'), in the order of `passages`
+    query_keys: Tensor  # (B,) hashes of the texts
+    passage_keys: Tensor  # (B, K)
+    rows: Tensor  # (B,) numbers in the global batch
+    num_positives: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_passages(self) -> int:
+        return self.passage_keys.shape[1]
+
+    @property
+    def num_encode_tokens(self) -> int:
+        return int(self.queries.attention_mask.sum() + self.passages.attention_mask.sum())
+
+    @property
+    def num_generate_tokens(self) -> int:
+        return int(self.generation.attention_mask.sum()) if self.generation is not None else 0
+
+    def chunks(self, chunk_size: int) -> list[TrainBatch]:
+        """The batch in pieces of `chunk_size` queries; the last may be smaller."""
+        return [self._slice(start, min(start + chunk_size, len(self))) for start in range(0, len(self), chunk_size)]
+
+    def _slice(self, start: int, stop: int) -> TrainBatch:
+        first, last = start * self.num_passages, stop * self.num_passages
+        return TrainBatch(
+            queries=self.queries.rows(start, stop),
+            passages=self.passages.rows(first, last),
+            generation=self.generation.rows(first, last) if self.generation is not None else None,
+            query_keys=self.query_keys[start:stop],
+            passage_keys=self.passage_keys[start:stop],
+            rows=self.rows[start:stop],
+            num_positives=self.num_positives,
+        )
+
+    def to(self, device: torch.device | str) -> TrainBatch:
+        return TrainBatch(
+            queries=self.queries.to(device),
+            passages=self.passages.to(device),
+            generation=self.generation.to(device) if self.generation is not None else None,
+            query_keys=self.query_keys.to(device),
+            passage_keys=self.passage_keys.to(device),
+            rows=self.rows.to(device),
+            num_positives=self.num_positives,
+        )
+
+
+def collate(
+    examples: Sequence[Example], tokenizer: TextTokenizer, *, with_generation: bool, max_generation_tokens: int
+) -> TrainBatch:
+    """Tokenizes and pads one rank's examples; all have the same P and N."""
+    queries = tokenizer.tokenize([e.query for e in examples], "query")
+    flat = [(e.query, passage) for e in examples for passage in e.passages]  # B*K, row-major
+    passages = tokenizer.tokenize([passage for _, passage in flat], "passage")
+    generation = None
+    if with_generation:
+        scored = [tokenizer.tokenize_generation(query, passage, max_tokens=max_generation_tokens) for query, passage in flat]
+        padded = pad_batch([s.input_ids for s in scored], 0, tokenizer.pad_id)
+        generation = GenerationBatch(padded.input_ids, padded.attention_mask, torch.tensor([s.passage_length for s in scored]))
+    return TrainBatch(
+        queries=pad_batch(queries.input_ids, queries.prompt_length, tokenizer.pad_id),
+        passages=pad_batch(passages.input_ids, passages.prompt_length, tokenizer.pad_id),
+        generation=generation,
+        query_keys=torch.tensor([text_key(e.query) for e in examples]),
+        passage_keys=torch.tensor([[text_key(passage) for passage in e.passages] for e in examples]),
+        rows=torch.tensor([e.row for e in examples]),
+        num_positives=len(examples[0].positives),
+    )
+
+
+def text_key(text: str) -> int:
+    """63 bits that tell texts apart across ranks."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,53 @@
+"""What ranks tell each other in a step. Each function is an identity where there is one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(rank, world_size); (0, 1) outside a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Rows of all ranks in rank order: (B, ...) -> (W*B, ...). No gradient; B is the same on every rank."""
+    world_size = world()[1]
+    if world_size == 1:
+        return tensor
+    gathered = tensor.new_empty((world_size * len(tensor), *tensor.shape[1:]))
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
+
+
+class _AllGatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.num_rows = len(tensor)
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Every rank's loss pulls at this rank's rows: sum over ranks, keep our own. (gloo has no reduce_scatter everywhere.)
+        rank, world_size = world()
+        if world_size > 1:
+            grad = grad.contiguous()
+            dist.all_reduce(grad)
+        return grad[rank * ctx.num_rows : (rank + 1) * ctx.num_rows]
+
+
+def all_gather_with_grad(tensor: Tensor) -> Tensor:
+    """`all_gather` through which the losses of all ranks send their gradient back: d(sum of losses) / d(own rows)."""
+    return _AllGatherWithGrad.apply(tensor)
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks."""
+    total = tensor.clone()
+    if world()[1] > 1:
+        dist.all_reduce(total)
+    return total
