@@ -3,63 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from ullme_ray.errors import Problem
 from ullme_ray.spec.job import JobSpec, TrainSpec
 
 
-def cross_field_problems(job: JobSpec) -> list[Problem]:
-    """Every contradiction inside a job; `where` is the dotted path of the field to change."""
-    return [*_job(job), *(_train(job, job.train) if job.train else ()), *_paths(job)]
+@dataclass(frozen=True)
+class Contradiction:
+    """Values that cannot stand together: dotted paths of the `fields` compared, the one to change first."""
+
+    fields: tuple[str, ...]
+    message: str
 
 
-def _job(job: JobSpec) -> Iterator[Problem]:
+def contradictions(job: JobSpec) -> list[Contradiction]:
+    """Every contradiction inside a job."""
+    return [
+        *_stages(job),
+        *_model(job),
+        *_pools(job),
+        *(_train(job, job.train) if job.train else ()),
+        *_paths(job),
+    ]
+
+
+def _stages(job: JobSpec) -> Iterator[Contradiction]:
     if not job.stages:
-        yield Problem("name", "has no stage to run; add a section: train, evaluate, embed or serve")
-    scratch = job.model.scratch
-    if job.model.base == "scratch":
-        if scratch.hidden_size % scratch.heads:
-            near = _near_multiples(scratch.hidden_size, scratch.heads)
-            yield Problem("model.scratch.heads", f"= {scratch.heads} does not divide hidden_size {scratch.hidden_size}; use {near}")
-        elif (scratch.hidden_size // scratch.heads) % 2:
-            yield Problem("model.scratch.heads", f"= {scratch.heads} leaves heads of odd width; rotary positions need an even one")
-        if job.train is None and job.evaluate is None:
-            yield Problem("model.base", "= scratch makes an untrained model; add a train section or name a model")
-        if job.model.lora is not None:
-            yield Problem("model.lora", "cannot adapt `base: scratch`, whose weights are random; remove model.lora")
-    for name, pool in (("embed.actors", job.embed and job.embed.actors), ("serve.replicas", job.serve and job.serve.replicas)):
-        if pool and pool.min > pool.max:
-            yield Problem(f"{name}.min", f"= {pool.min} is more than max = {pool.max}")
-    if job.search.questions and not (job.serve and job.embed):
-        yield Problem("search.questions", "are answered from the table through the server; add embed and serve sections")
-
-
-def _train(job: JobSpec, train: TrainSpec) -> Iterator[Problem]:
-    world_size = train.workers.num_workers
-    if train.global_batch_size % world_size:
-        near = _near_multiples(train.global_batch_size, world_size)
-        yield Problem(
-            "train.global_batch_size",
-            f"= {train.global_batch_size} does not divide over {world_size} ranks; use {near}, or change train.workers.num_workers",
+        yield Contradiction(
+            ("train", "evaluate", "embed", "serve"),
+            "is missing, and so are evaluate, embed and serve: there is nothing to run; add one of these sections",
         )
-    objective = train.objective
+    if job.search.questions and not (job.serve and job.embed):
+        yield Contradiction(
+            ("search.questions", "serve", "embed"),
+            "are answered from the table through the server; add embed and serve sections, or remove the questions",
+        )
+
+
+def _model(job: JobSpec) -> Iterator[Contradiction]:
+    scratch = job.model.scratch
+    if job.model.base != "scratch":
+        return
+    fields = ("model.scratch.heads", "model.scratch.hidden_size", "model.base")
+    if scratch.hidden_size % scratch.heads:
+        divisors = [n for n in range(1, scratch.hidden_size + 1) if scratch.hidden_size % (2 * n) == 0]
+        near = sorted(divisors, key=lambda n: abs(n - scratch.heads))[:2]
+        use = " or ".join(map(str, sorted(near))) or "an even hidden_size"
+        yield Contradiction(fields, f"= {scratch.heads} does not divide hidden_size {scratch.hidden_size}; use {use}")
+    elif (scratch.hidden_size // scratch.heads) % 2:
+        yield Contradiction(
+            fields,
+            f"= {scratch.heads} makes heads of odd width {scratch.hidden_size // scratch.heads};"
+            " rotary positions need an even one: change heads or hidden_size",
+        )
+    if job.train is None and job.evaluate is None:
+        yield Contradiction(
+            ("model.base", "train", "evaluate"), "= scratch makes an untrained model; add a train section or name a model"
+        )
+    if job.model.lora is not None:
+        yield Contradiction(
+            ("model.lora", "model.base"), "cannot adapt `base: scratch`, whose weights are random; remove model.lora"
+        )
+
+
+def _pools(job: JobSpec) -> Iterator[Contradiction]:
+    pools = {
+        "embed.actors": job.embed.actors if job.embed else None,
+        "serve.replicas": job.serve.replicas if job.serve else None,
+    }
+    for name, pool in pools.items():
+        if pool and pool.min > pool.max:
+            yield Contradiction(
+                (f"{name}.min", f"{name}.max"), f"= {pool.min} is more than max = {pool.max}; lower min or raise max"
+            )
+
+
+def _train(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
+    world_size, batch = train.workers.num_workers, train.global_batch_size
+    if batch % world_size:
+        yield Contradiction(
+            ("train.global_batch_size", "train.workers.num_workers"),
+            f"= {batch} does not divide over {world_size} ranks; use {_near_multiples(batch, world_size)},"
+            " or change train.workers.num_workers",
+        )
+    objective, at = train.objective, "train.objective"
+    weights = tuple(f"{at}.{name}" for name in ("contrastive_weight", "generation_weight", "alignment_weight"))
     if objective.contrastive_weight == objective.generation_weight == objective.alignment_weight == 0:
-        yield Problem("train.objective", "has all three weights 0, so nothing would be learned; set one above 0")
+        yield Contradiction(
+            (at, f"{at}.preset", *weights), "has all three weights 0, so nothing would be learned; set one above 0"
+        )
     if objective.needs_negatives and train.negatives_per_query == 0:
-        yield Problem(
-            "train.negatives_per_query",
-            f"= 0, but objective {objective.preset} compares positives with hard negatives; use 1 or more, or objective cl or sft",
+        yield Contradiction(
+            ("train.negatives_per_query", f"{at}.preset", f"{at}.generation", *weights),
+            f"= 0, but objective {objective.preset} compares positives with hard negatives;"
+            " use 1 or more, or objective cl or sft",
         )
     if objective.reference == "adapter_off" and job.model.lora is None:
-        yield Problem("train.objective.reference", "= adapter_off needs model.lora; use frozen_copy, or add model.lora")
+        yield Contradiction(
+            (f"{at}.reference", "model.lora"), "= adapter_off needs model.lora; use frozen_copy, or add model.lora"
+        )
     if train.max_generation_tokens is not None and train.max_generation_tokens > 4 * job.model.max_tokens:
-        yield Problem(
-            "train.max_generation_tokens",
+        yield Contradiction(
+            ("train.max_generation_tokens", "model.max_tokens"),
             f"= {train.max_generation_tokens} is more than 4 x model.max_tokens = {job.model.max_tokens}; lower it",
         )
 
 
-def _paths(job: JobSpec) -> Iterator[Problem]:
+def _paths(job: JobSpec) -> Iterator[Contradiction]:
     paths = {"storage": job.storage}
     if job.train:
         paths |= {f"train.data.{i}.path": source.path for i, source in enumerate(job.train.data)}
@@ -70,13 +120,21 @@ def _paths(job: JobSpec) -> Iterator[Problem]:
     for where, path in paths.items():
         scheme, separator, rest = path.partition("://")
         if separator and scheme not in ("s3", "file"):
-            yield Problem(where, f"= {path} has the unknown scheme {scheme}://; use a local path, s3://bucket/... or run:...")
+            yield Contradiction(
+                (where,), f"= {path} has the unknown scheme {scheme}://; use a local path, s3://bucket/... or run:..."
+            )
         elif separator and not rest.strip("/"):
-            yield Problem(where, f"= {path} names no {'bucket' if scheme == 's3' else 'folder'}")
+            yield Contradiction((where,), f"= {path} names no {'bucket' if scheme == 's3' else 'folder'}")
+        if path.startswith("run:") and ".." in path.split("/"):
+            yield Contradiction((where,), f"= {path} leaves the run's folder; remove the `..`")
         if path.startswith("run:data") and job.dataset is None:
-            yield Problem(where, f"= {path} is written by the dataset section, which this job does not have; add dataset: {{name: aws_api_docs}}")
+            yield Contradiction(
+                (where, "dataset"),
+                f"= {path} is written by the dataset section, which this job does not have;"
+                " add dataset: {name: aws_api_docs}",
+            )
     if job.storage.startswith("run:"):
-        yield Problem("storage", f"= {job.storage} is where run: paths lie, so it cannot be one itself")
+        yield Contradiction(("storage",), f"= {job.storage} is where run: paths lie, so it cannot be one itself")
 
 
 def _near_multiples(value: int, factor: int) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PositiveInt, model_validator
+from pydantic_core import CoreSchema
 
 from ullme_ray.spec.presets import PRESETS
 from ullme_ray.spec.secrets import SecretRef
@@ -45,7 +46,7 @@ class ScratchSpec(Section):
 class ModelSpec(Section):
     base: str = Field(
         min_length=1,
-        description="Hugging Face name, local folder or s3:// folder of a decoder; `scratch` builds a small one from the job's own texts.",
+        description="Hugging Face name, local or s3:// folder of a decoder; `scratch` builds a small one from the job's texts.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face name.")
     pooling: Literal["mean", "lasttoken", "cls", "weightedmean"] = Field(
@@ -56,10 +57,12 @@ class ModelSpec(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention backend; auto takes the first of sdpa, eager that passes the bidirectional probe."
     )
-    prompts: PromptsSpec = Field(default_factory=PromptsSpec, description="Prompts for queries and passages.")
+    prompts: PromptsSpec = Field(PromptsSpec(), description="Prompts for queries and passages.")
     lora: LoraSpec | None = Field(None, description="Train LoRA adapters on all linear layers; absent means full fine-tuning.")
-    scratch: ScratchSpec = Field(default_factory=ScratchSpec, description="Shape of the model built for `base: scratch`.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless you trust its author.")
+    scratch: ScratchSpec = Field(ScratchSpec(), description="Shape of the model built for `base: scratch`.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off unless you trust its author."
+    )
     hub_token: SecretRef | None = Field(None, description="Hugging Face token, as env:NAME or file:PATH.")
 
 
@@ -68,12 +71,16 @@ class DatasetSpec(Section):
         description="A data set every installation has: aws_api_docs reads the API documentation inside botocore."
     )
     heldout_queries: PositiveInt = Field(300, description="Queries kept out of training, for evaluation.")
-    negatives_per_query: Annotated[int, Field(ge=0)] = Field(4, description="Hard negatives: other operations of the same service.")
+    negatives_per_query: Annotated[int, Field(ge=0)] = Field(
+        4, description="Hard negatives: other operations of the same service."
+    )
     max_pairs: PositiveInt | None = Field(None, description="Use only this many pairs (seeded choice); absent means all.")
 
 
 class SourceSpec(Section):
-    path: str = Field(min_length=1, description="File or glob of JSONL (.gz allowed) or Parquet rows {query, positive(s), negative(s)}.")
+    path: str = Field(
+        min_length=1, description="File or glob of JSONL (.gz allowed) or Parquet rows {query, positive(s), negative(s)}."
+    )
     weight: Positive = Field(1.0, description="Share of the batches drawn from this source, relative to the others.")
 
 
@@ -90,11 +97,15 @@ class ObjectiveSpec(Section):
     generation: Literal["sft", "dpo"] = Field(description="Form of the generation loss.")
     dpo_beta: Positive = Field(description="Strength of the pull to the reference model in DPO.")
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(description="Share of DPO pairs assumed mislabelled.")
-    dpo_pairs: Literal["all", "first"] = Field(description="DPO pairs of one query: every positive x negative, or the first of each.")
+    dpo_pairs: Literal["all", "first"] = Field(
+        description="DPO pairs of one query: every positive x negative, or the first of each."
+    )
     reference: Literal["auto", "adapter_off", "frozen_copy", "none"] = Field(
         description="DPO reference model; auto is adapter_off with LoRA and frozen_copy without."
     )
-    alignment_direction: Literal["rep_gen", "gen_rep"] = Field(description="KL(P_rep || P_gen) as in the paper, or the reverse.")
+    alignment_direction: Literal["rep_gen", "gen_rep"] = Field(
+        description="KL(P_rep || P_gen) as in the paper, or the reverse."
+    )
     detach_gen: bool = Field(description="Treat generation relevance as a fixed target in the alignment term.")
 
     @model_validator(mode="before")
@@ -106,6 +117,18 @@ class ObjectiveSpec(Section):
             preset = PRESETS.get(str(value.get("preset", "grl")), PRESETS["grl"])
             return {**preset, **value}
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """A preset's name alone, or a mapping in which nothing is required, since the preset fills it."""
+        reference = handler(schema)
+        mapping = handler.resolve_ref_schema(reference)
+        mapping.pop("required", None)
+        names = {"type": "string", "enum": list(PRESETS)}
+        whole = {"description": mapping.pop("description", ""), "anyOf": [names, dict(mapping)]}
+        mapping.clear()
+        mapping.update(whole)
+        return reference
 
     @property
     def needs_generation(self) -> bool:
@@ -128,10 +151,12 @@ class DeepSpeedSpec(Section):
 
 class TrainSpec(Section):
     objective: ObjectiveSpec = Field(
-        default_factory=lambda: ObjectiveSpec.model_validate("grl"),
+        ObjectiveSpec.model_validate("grl"),
         description="cl | sft | dpo | grl, or a mapping {preset: grl, temperature: 0.02, ...}.",
     )
-    data: Annotated[tuple[SourceSpec, ...], Field(strict=False, min_length=1)] = Field(description="Where training rows come from.")
+    data: Annotated[tuple[SourceSpec, ...], Field(strict=False, min_length=1)] = Field(
+        description="Where training rows come from."
+    )
     global_batch_size: Annotated[int, Field(ge=2)] = Field(64, description="Queries in one optimizer step, over all ranks.")
     chunk_size: PositiveInt = Field(8, description="Queries of one GradCache chunk: memory only, never the gradient.")
     positives_per_query: PositiveInt = Field(1, description="Positive passages P taken from a row in one step.")
@@ -149,11 +174,13 @@ class TrainSpec(Section):
     max_generation_tokens: Annotated[int, Field(ge=8)] | None = Field(
         None, description="Cut of prompt + passage in the generation pass; absent means model.max_tokens."
     )
-    workers: WorkersSpec = Field(default_factory=WorkersSpec, description="Ray Train workers.")
-    deepspeed: DeepSpeedSpec = Field(default_factory=DeepSpeedSpec, description="DeepSpeed engine.")
+    workers: WorkersSpec = Field(WorkersSpec(), description="Ray Train workers.")
+    deepspeed: DeepSpeedSpec = Field(DeepSpeedSpec(), description="DeepSpeed engine.")
     checkpoint_every_steps: PositiveInt = Field(50, description="Steps between two checkpoints.")
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="Worker deaths survived by restarting from the last checkpoint.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="Worker deaths survived by restarting from the last checkpoint."
+    )
     log_every_steps: PositiveInt = Field(1, description="Steps between two lines of metrics.")
 
 
@@ -162,7 +189,9 @@ class LocalSetSpec(Section):
 
 
 class EvaluateSpec(Section):
-    local: Annotated[tuple[LocalSetSpec, ...], Field(strict=False, min_length=1)] = Field(description="Held-out retrieval sets.")
+    local: Annotated[tuple[LocalSetSpec, ...], Field(strict=False, min_length=1)] = Field(
+        description="Held-out retrieval sets."
+    )
     compare_base: bool = Field(True, description="Also measure the model as it was before training.")
     bm25: bool = Field(True, description="Also measure BM25 on the same sets.")
     k: PositiveInt = Field(10, description="Cut-off of nDCG@k and recall@k.")
@@ -190,8 +219,8 @@ class ActorsSpec(Section):
 
 class EmbedSpec(Section):
     input: EmbedInputSpec = Field(description="The corpus.")
-    output: EmbedOutputSpec = Field(default_factory=EmbedOutputSpec, description="The embeddings table.")
-    actors: ActorsSpec = Field(default_factory=ActorsSpec, description="The pool of embedding processes.")
+    output: EmbedOutputSpec = Field(EmbedOutputSpec(), description="The embeddings table.")
+    actors: ActorsSpec = Field(ActorsSpec(), description="The pool of embedding processes.")
     rows_per_unit: PositiveInt = Field(4096, description="Rows of one unit: what a crash can cost at most per actor.")
     tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
 
@@ -204,10 +233,12 @@ class ReplicasSpec(Section):
 class ServeSpec(Section):
     host: str = Field("127.0.0.1", description="Address to bind; loopback unless you say otherwise.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to bind; 0 picks a free one.")
-    replicas: ReplicasSpec = Field(default_factory=ReplicasSpec, description="The pool of serving processes.")
+    replicas: ReplicasSpec = Field(ReplicasSpec(), description="The pool of serving processes.")
     gpus_per_replica: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of one replica; fractions share a GPU.")
     cpus_per_replica: PositiveInt = Field(1, description="CPU cores reserved for one replica.")
-    api_keys: SecretRef | None = Field(None, description="Accepted API keys, one per line or comma-separated, as env:NAME or file:PATH.")
+    api_keys: SecretRef | None = Field(
+        None, description="Accepted API keys, one per line or comma-separated, as env:NAME or file:PATH."
+    )
     tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
     batch_wait_ms: Annotated[float, Field(ge=0.0, le=1000.0)] = Field(
         2.0, description="How long a request may wait for others to share its forward pass."
@@ -215,7 +246,9 @@ class ServeSpec(Section):
     max_inputs: PositiveInt = Field(2048, description="Texts in one request at most.")
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="Size of one request at most.")
     max_queued_requests: PositiveInt = Field(512, description="Requests waiting at most; beyond it the answer is 429.")
-    keep_running: bool = Field(True, description="`run` goes on serving until Ctrl-C; false stops after the questions of `search`.")
+    keep_running: bool = Field(
+        True, description="`run` goes on serving until Ctrl-C; false stops after the questions of `search`."
+    )
 
 
 class SearchSpec(Section):
@@ -224,7 +257,9 @@ class SearchSpec(Section):
 
 
 class ClusterSpec(Section):
-    address: str | None = Field(None, description="Ray cluster to join, such as auto or ray://host:10001; absent starts a local one.")
+    address: str | None = Field(
+        None, description="Ray cluster to join, such as auto or ray://host:10001; absent starts a local one."
+    )
 
 
 class JobSpec(Section):
@@ -239,8 +274,8 @@ class JobSpec(Section):
     evaluate: EvaluateSpec | None = Field(None, description="Retrieval quality on held-out queries.")
     embed: EmbedSpec | None = Field(None, description="Batch embedding on Ray Data into a Delta table.")
     serve: ServeSpec | None = Field(None, description="HTTP serving on Ray Serve.")
-    search: SearchSpec = Field(default_factory=SearchSpec, description="Questions asked of the table.")
-    cluster: ClusterSpec = Field(default_factory=ClusterSpec, description="Where the job runs.")
+    search: SearchSpec = Field(SearchSpec(), description="Questions asked of the table.")
+    cluster: ClusterSpec = Field(ClusterSpec(), description="Where the job runs.")
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import types
 import typing
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from pydantic import ValidationError
 
 from ullme_ray.errors import JobFileError, Problem
-from ullme_ray.spec.checks import cross_field_problems
+from ullme_ray.spec.checks import contradictions
+from ullme_ray.spec.explain import explain, field_at, section_in
 from ullme_ray.spec.job import JobSpec
+from ullme_ray.spec.yaml_tree import MAX_JOB_FILE_BYTES, KeyPath, YamlTree, dotted, may_hold_secret
 
-MAX_JOB_FILE_BYTES = 1 << 20
-Path_ = tuple[str | int, ...]  # keys and list positions from the file's root
+_REPAIRS = 8  # rounds: a placeholder section may need placeholders inside, as deep as the spec goes
 
 
 def load_job(path: str | Path, overrides: typing.Sequence[str] = ()) -> JobSpec:
     """Reads, overrides and validates a job file.
 
     Args:
-        path: a local YAML file of at most 1 MiB.
+        path: a local YAML file of at most 256 KiB.
         overrides: `section.key=value` strings; the value is read as YAML.
 
     Raises:
@@ -33,238 +29,171 @@ def load_job(path: str | Path, overrides: typing.Sequence[str] = ()) -> JobSpec:
     """
     source = str(path)
     try:
-        raw = Path(path).read_bytes()
+        with open(path, "rb") as stream:
+            raw = stream.read(MAX_JOB_FILE_BYTES + 1)
     except OSError as error:
-        reason = error.strerror or error
-        raise JobFileError(source, [Problem("", f"cannot be read ({reason}); `ullme-ray init` writes a starter file")]) from None
+        problem = Problem("", f"cannot be read ({error.strerror or error}); `ullme-ray init` writes a starter file")
+        raise JobFileError(source, [problem]) from None
     return parse_job(raw, source=source, overrides=overrides)
 
 
 def parse_job(raw: bytes, *, source: str = "job", overrides: typing.Sequence[str] = ()) -> JobSpec:
     """As `load_job`, from bytes."""
-    if len(raw) > MAX_JOB_FILE_BYTES:
-        raise JobFileError(source, [Problem("", f"is {len(raw)} bytes; a job file holds at most {MAX_JOB_FILE_BYTES}")])
     document = _Document(source)
-    tree = document.read(raw)
+    document.read(raw)
     for override in overrides:
-        document.apply_override(tree, override)
-    spec = document.validate(tree)
+        document.apply_override(override)
+    spec = document.validate()
     if document.problems or spec is None:
         raise JobFileError(source, document.problems)
     return spec
 
 
 class _Document:
-    """One job file being read: the line of every path, and the problems met so far."""
+    """One job file on its way to a spec: the tree, the line of every path, and the problems met so far."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.lines: dict[Path_, int | None] = {}
+        self.tree: dict[str, Any] = {}
+        self.lines: dict[KeyPath, int | None] = {}  # None: set on the command line
         self.problems: list[Problem] = []
 
-    def read(self, raw: bytes) -> dict[str, Any]:
-        try:
-            node = YAML(typ="safe", pure=True).compose(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise JobFileError(self.source, [Problem("", f"is not UTF-8 text (byte {error.start})")]) from None
-        except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = mark.line + 1 if mark else None
-            raise JobFileError(self.source, [Problem("", f"is not valid YAML: {error.problem or error.context}", line)]) from None
-        except (YAMLError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise JobFileError(self.source, [Problem("", f"is not valid YAML: {first_line}")]) from None
-        except RecursionError:
-            raise JobFileError(self.source, [Problem("", "is nested too deeply")]) from None
-        if not isinstance(node, MappingNode):
-            raise JobFileError(self.source, [Problem("", "must be a mapping of sections, such as `name: ...` and `model: ...`", 1)])
-        try:
-            return self._build(node, (), set())
-        except RecursionError:
-            raise JobFileError(self.source, [Problem("", "is nested too deeply")]) from None
+    def read(self, raw: bytes) -> None:
+        yaml = YamlTree(self.source)
+        yaml.read(raw)
+        self.tree, self.problems = yaml.tree, yaml.problems
+        self.lines = dict(yaml.lines)
 
-    def _build(self, node: Node, path: Path_, seen: set[int]) -> Any:
-        line = node.start_mark.line + 1
-        self.lines.setdefault(path, line)
-        if id(node) in seen:  # an alias shares its anchor's node
-            self._problem(path, "is a YAML alias, which job files do not allow; write the value out")
-            return None
-        seen.add(id(node))
-        if isinstance(node, MappingNode):
-            result: dict[str, Any] = {}
-            for key_node, value_node in node.value:
-                key_line = key_node.start_mark.line + 1
-                if not isinstance(key_node, ScalarNode):
-                    self.problems.append(Problem(dotted(path), "has a key that is not plain text", key_line))
-                    continue
-                key = key_node.value
-                if key in result:
-                    first = self.lines[(*path, key)]
-                    self.problems.append(
-                        Problem(dotted((*path, key)), f"is given twice (first on line {first}); keep one", key_line)
-                    )
-                    continue
-                self.lines[(*path, key)] = key_line
-                result[key] = self._build(value_node, (*path, key), seen)
-            return result
-        if isinstance(node, SequenceNode):
-            return [self._build(item, (*path, position), seen) for position, item in enumerate(node.value)]
-        return self._scalar(node, path)
-
-    def _scalar(self, node: ScalarNode, path: Path_) -> Any:
-        kind = str(node.tag).rsplit(":", 1)[-1]
-        if kind not in ("str", "int", "float", "bool", "null"):
-            if kind == "timestamp":
-                return node.value
-            self._problem(path, f"has the YAML tag {node.tag}, which job files do not allow; write a plain value")
-            return None
-        try:
-            return YAML(typ="safe", pure=True).constructor.construct_object(node)
-        except (YAMLError, ValueError, OverflowError):
-            self._problem(path, f"= {node.value[:60]} is not a readable {kind}")
-            return None
-
-    def apply_override(self, tree: dict[str, Any], override: str) -> None:
+    def apply_override(self, override: str) -> None:
         name, separator, text = override.partition("=")
         keys = name.split(".")
         if not separator or not all(keys):
-            self.problems.append(Problem("", f"{override!r} is not an override; write section.key=value"))
+            self._refuse_override("", f"{override!r} is not an override; write section.key=value")
             return
-        try:
-            value = YAML(typ="safe", pure=True).load(text) if text else ""
-        except YAMLError:
-            self.problems.append(Problem(name, f"= {text!r} (command line) is not valid YAML; quote it"))
+        value = self._override_value(name, text)
+        if value is None:
             return
-        here: Any = tree
-        path: Path_ = ()
+        here: Any = self.tree
+        path: KeyPath = ()
         for position, key in enumerate(keys):
-            step: str | int = int(key) if isinstance(here, list) and key.isdigit() else key
+            if isinstance(here, list) and not (key.isdigit() and int(key) < len(here)):
+                self._refuse_override(name, f"names no item of a list of {len(here)}; items count from 0")
+                return
+            step: Any = int(key) if isinstance(here, list) else key
             path = (*path, step)
-            if isinstance(here, list) and not (isinstance(step, int) and step < len(here)):
-                self.problems.append(Problem(name, f"(command line) names no item of a list of {len(here)}"))
-                return
             if position == len(keys) - 1:
-                here[step] = value
-                self._forget_lines(path)
+                here[step] = value[0]
+                self._set_on_command_line(path)
                 return
-            below = here[step] if isinstance(here, list) else here.get(step)
-            if keys[: position + 1] == ["train", "objective"] and isinstance(below, str):
-                below = {"preset": below}  # `objective: grl` is short for {preset: grl}
-            if not isinstance(below, (dict, list)):
-                below = {}
-                self.lines.setdefault(path, None)
-            here[step] = below
-            here = below
+            here = self._go_down(here, step, path)
 
-    def _forget_lines(self, path: Path_) -> None:
-        for known in [p for p in self.lines if p[: len(path)] == path]:
+    def _override_value(self, name: str, text: str) -> tuple[Any] | None:
+        """The value in a tuple (it may be null), or None after noting why there is none."""
+        if not text:
+            return ("",)
+        value = YamlTree(self.source)
+        try:
+            value.read(f"value: {text}".encode(errors="surrogatepass"))
+        except JobFileError:
+            value.problems.append(Problem("", "unreadable"))
+        if value.problems or list(value.tree) != ["value"]:
+            shown = "" if may_hold_secret(tuple(name.split("."))) else f"= {text!r} "
+            self._refuse_override(name, f"{shown}is not a plain YAML value; quote it: '{name}=\"...\"'")
+            return None
+        return (value.tree["value"],)
+
+    def _go_down(self, here: Any, step: Any, path: KeyPath) -> Any:
+        below = here[step] if isinstance(here, list) else here.get(step)
+        if path == ("train", "objective") and isinstance(below, str):
+            below = {"preset": below}  # `objective: grl` is short for {preset: grl}
+        if not isinstance(below, (dict, list)):
+            below = {}
+            self._set_on_command_line(path)
+        here[step] = below
+        return below
+
+    def _set_on_command_line(self, path: KeyPath) -> None:
+        for known in [known for known in self.lines if known[: len(path)] == path]:
             del self.lines[known]
         self.lines[path] = None
 
-    def validate(self, tree: dict[str, Any]) -> JobSpec | None:
-        spec, bad = self._try_validate(tree, report=True)
-        if spec is None:
-            # Put the bad fields back to their defaults, so that checks between the good ones are reported in the same go.
-            for path in bad:
-                _drop(tree, path)
-            spec, _ = self._try_validate(tree, report=False)
+    def _refuse_override(self, where: str, message: str) -> None:
+        self.problems.append(Problem(where, f"{message} (command line)"))
+
+    def validate(self) -> JobSpec | None:
+        """The spec, or the nearest valid one, so that contradictions between the good fields are reported in the same go."""
+        overridden = {dotted(path) for path, line in self.lines.items() if line is None}
+        reported = {problem.where for problem in self.problems if problem.where} - overridden
+        spec: JobSpec | None = None
+        repaired: set[str] = set(reported)
+        for attempt in range(_REPAIRS):
+            try:
+                spec = JobSpec.model_validate(self.tree)
+                break
+            except ValidationError as error:
+                details = error.errors(include_url=False)
+            for detail in details:
+                path: KeyPath = detail["loc"]
+                if attempt == 0 and not any(_is_within(dotted(path), known) for known in reported):
+                    self._problem(path, explain(detail))
+                repaired.add(dotted(_repair(self.tree, path)))
         if spec is not None:
-            self.problems += [
-                Problem(p.where, p.message, self._line(tuple(p.where.split("."))))
-                for p in cross_field_problems(spec)
-                if not any(p.where == dotted(path) or p.where.startswith(dotted(path) + ".") for path in bad)
-            ]
+            for found in contradictions(spec):
+                if not any(_is_within(field, bad) for field in found.fields for bad in repaired):
+                    self._problem(_key_path(found.fields[0]), found.message)
         return spec
 
-    def _try_validate(self, tree: dict[str, Any], *, report: bool) -> tuple[JobSpec | None, list[Path_]]:
-        try:
-            return JobSpec.model_validate(tree), []
-        except ValidationError as error:
-            details = error.errors(include_url=False)
-        if report:
-            for detail in details:
-                self._problem(detail["loc"], _explain(detail))
-        return None, [detail["loc"] for detail in details if detail["type"] != "missing"]
-
-    def _problem(self, path: Path_, message: str) -> None:
-        self.problems.append(Problem(dotted(path), message, self._line(path)))
-
-    def _line(self, path: Path_) -> int | None:
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.lines:
-                return self.lines[path[:length]]
-        return None
+    def _problem(self, path: KeyPath, message: str) -> None:
+        line = next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), None)
+        place = " (command line)" if line is None and self.lines else ""
+        self.problems.append(Problem(dotted(path), message + place, line))
 
 
-def dotted(path: Path_) -> str:
-    """`("train", "data", 0, "path")` -> `train.data.0.path`."""
-    return ".".join(str(step) for step in path)
+def _is_within(name: str, other: str) -> bool:
+    return name == other or name.startswith(other + ".")
 
 
-def _drop(tree: Any, path: Path_) -> None:
-    for step in path[:-1]:
-        try:
-            tree = tree[step]
-        except (KeyError, IndexError, TypeError):
-            return
-    if isinstance(tree, dict):
-        tree.pop(path[-1], None)
+def _key_path(name: str) -> KeyPath:
+    return tuple(int(step) if step.isdigit() else step for step in name.split("."))
 
 
-def _explain(detail: Any) -> str:
-    """A pydantic error as: what is wrong, the value, what to do."""
-    kind, path, context = detail["type"], detail["loc"], detail.get("ctx", {})
-    if kind == "missing":
-        return "is missing; " + _description(path)
-    if kind == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        return f"is not a known key; did you mean {near[0]}?" if near else f"is not a known key; known here: {', '.join(known)}"
-    if kind == "secret_reference":
-        return detail["msg"]  # never with the value: it may be the secret itself
-    shown = repr(detail["input"])
-    value = shown if len(shown) <= 60 else shown[:57] + "..."
-    if kind == "string_pattern_mismatch":
-        return f"= {value} is not allowed; {_description(path)}"
-    if kind in ("model_type", "dict_type", "model_attributes_type"):
-        return f"= {value} must be a mapping with keys {', '.join(_known_keys(path))}"
-    if kind == "literal_error":
-        return f"= {value} must be one of {context['expected']}"
-    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"= {value} should be {message}; {_description(path)}"
+def _repair(tree: Any, path: KeyPath) -> KeyPath:
+    """Makes the bad value at `path` harmless: left out where the spec has a default, a placeholder where it needs a value.
+
+    Returns:
+        The path that was changed, which is above `path` where the tree ends earlier.
+    """
+    for position, step in enumerate(path):
+        at = path[: position + 1]
+        is_last = position == len(path) - 1
+        if isinstance(tree, list) and isinstance(step, int) and step < len(tree):
+            below = tree[step]
+            if is_last or not isinstance(below, (dict, list)):
+                tree[step] = _placeholder(at)
+                return at
+        elif isinstance(tree, dict):
+            below = tree.get(str(step))
+            if is_last or not isinstance(below, (dict, list)):
+                field = field_at(at)
+                if field is not None and field.is_required():
+                    tree[str(step)] = _placeholder(at)
+                else:
+                    tree.pop(str(step), None)
+                return at
+        else:
+            return at
+        tree = below
+    return path
 
 
-def _model_at(path: Path_) -> type[BaseModel] | None:
-    """The section that the file has at `path`, found by following field annotations."""
-    model: type[BaseModel] | None = JobSpec
-    for step in path:
-        if model is None:
-            return None
-        if isinstance(step, int):
-            continue  # list items: the annotation below the list was already unwrapped
-        field = model.model_fields.get(step)
-        model = _section_in(field.annotation) if field else None
-    return model
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):
-        for argument in typing.get_args(annotation):
-            if (found := _section_in(argument)) is not None:
-                return found
-    return None
-
-
-def _known_keys(path: Path_) -> list[str]:
-    model = _model_at(path)
-    return list(model.model_fields) if model else []
-
-
-def _description(path: Path_) -> str:
-    parent = _model_at(path[:-1])
-    field = parent.model_fields.get(str(path[-1])) if parent and path else None
-    return (field.description or "") if field else "see `ullme-ray check --schema`"
-
-
+def _placeholder(path: KeyPath) -> Any:
+    """A value of the right kind; sections start empty and are filled by the next round of repairs."""
+    is_item = isinstance(path[-1], int)
+    field = field_at(path[:-1] if is_item else path)
+    annotation = field.annotation if field else None
+    inner: Any = {} if section_in(annotation) else "placeholder"
+    if typing.get_origin(annotation) is tuple and not is_item:
+        return [inner]
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)[0]
+    return inner

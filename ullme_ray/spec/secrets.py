@@ -55,7 +55,7 @@ class SecretRef:
         def parse(value: Any) -> SecretRef:
             if isinstance(value, SecretRef):
                 return value
-            if not isinstance(value, str) or not re.match(_PATTERN, value):
+            if not isinstance(value, str) or not re.fullmatch(_PATTERN, value):
                 raise PydanticCustomError("secret_reference", "is a secret and must be a reference: env:NAME or file:PATH")
             return cls(value)
 
