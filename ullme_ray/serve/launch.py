@@ -1,0 +1,224 @@
+"""Starting and stopping the server on a running Ray. Ray Serve is one per cluster, and so is ours.
+
+Replicas import this module with the package, so torch (through `model`) is imported in functions: the ingress never loads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import httpx
+from ray import serve
+from ray.serve import Application
+from ray.serve.schema import LoggingConfig
+
+from ullme_ray.errors import ServeError
+from ullme_ray.serve.app import Ingress
+from ullme_ray.serve.embedder import Embedder
+from ullme_ray.serve.keys import KeyRing
+from ullme_ray.spec.job import JobSpec, ReplicasSpec, ServeSpec
+
+APP_NAME = "ullme_ray"
+START_TIMEOUT_S = 900.0
+STOP_TIMEOUT_S = 30.0
+STARTS_TRIED = 2  # of a replica whose model fails to load
+REQUESTS_PER_REPLICA = 16  # in flight on average, above which a replica is added
+INGRESS_CPUS = 0.1
+_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+class Server:
+    """A running server; use it as a context manager, or call `stop`."""
+
+    def __init__(self, url: str, address: tuple[str, int]) -> None:
+        self.url = url
+        self._address = address
+
+    def stop(self) -> None:
+        """Lets running requests finish, ends all processes of the server and frees the port."""
+        with _quiet():
+            serve.shutdown()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while not _is_free(*self._address) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def preflight(job: JobSpec) -> None:
+    """What can be known before long work: the port is free, the keys are readable, and a model that is not trained here exists.
+
+    Raises:
+        UllmeError: one of them is not so.
+    """
+    settings = _settings(job)
+    KeyRing(settings.api_keys)
+    if settings.port and not _is_free(settings.host, settings.port):
+        raise ServeError(
+            f"serve.port = {settings.port} is in use on {settings.host}; stop what uses it, or set 0 for a free one"
+        )
+    if job.train is None and job.model.base != "scratch":
+        from ullme_ray.model import base_folder
+
+        base_folder(job)
+
+
+def start_server(job: JobSpec) -> Server:
+    """Serves the job's model and returns once it answers. Ray must be running.
+
+    Raises:
+        UllmeError: the model does not exist, the port or keys cannot be used, or no replica came up healthy.
+    """
+    settings = _settings(job)
+    preflight(job)
+    from ullme_ray.model import encoder_folder
+
+    encoder_folder(job)
+    if serve.status().proxies:
+        raise ServeError("Ray Serve already runs in this cluster; end it with `serve shutdown`, or use another cluster")
+    address = settings.host, settings.port or _free_port(settings.host)
+    server = Server(f"http://{_reachable(settings.host)}:{address[1]}", address)
+    with _quiet():
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": address[0], "port": address[1]},
+                logging_config=_LOGGING,
+            )
+            target = serve.RunTarget(build_app(job), name=APP_NAME, logging_config=_LOGGING)
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            _wait_until_healthy(server.url)
+        except BaseException:
+            server.stop()
+            raise
+    return server
+
+
+def build_app(job: JobSpec) -> Application:
+    """The Ray Serve application: a small ingress, and model replicas behind it. API keys go along as a reference only."""
+    settings = _settings(job)
+    embedder = serve.deployment(Embedder).options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+        max_ongoing_requests=settings.max_queued_requests,  # all at once: the batcher chooses from what it sees
+        max_constructor_retry_count=STARTS_TRIED,
+        health_check_period_s=1.0,  # how soon a dead replica is replaced
+        graceful_shutdown_wait_loop_s=0.2,
+        **_replicas(settings.replicas),
+    )
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=100_000,  # our own limit answers in JSON; Serve's would not
+        max_constructor_retry_count=STARTS_TRIED,
+        graceful_shutdown_wait_loop_s=0.2,
+    )
+    return ingress.bind(job, embedder.bind(job))
+
+
+def _replicas(pool: ReplicasSpec) -> dict[str, Any]:
+    if pool.min == pool.max:
+        return {"num_replicas": pool.min}
+    return {
+        "autoscaling_config": {
+            "min_replicas": pool.min,
+            "max_replicas": pool.max,
+            "target_ongoing_requests": REQUESTS_PER_REPLICA,
+        }
+    }
+
+
+def _wait_until_healthy(url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        app = serve.status().applications.get(APP_NAME)
+        status = app.status.value if app else "NOT_STARTED"
+        reasons = [d.message for d in app.deployments.values() if d.message] if app else []
+        if app and status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServeError(f"the server did not start: {_cause(reasons) or app.message}")
+        if status == "RUNNING" and _is_healthy(url):
+            return
+        if time.monotonic() > deadline:
+            raise ServeError(f"the server was not healthy within {START_TIMEOUT_S:.0f} s: {_cause(reasons) or status}")
+        time.sleep(0.2)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=10, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _cause(reasons: list[str]) -> str:
+    """The line that says why: of a remote traceback the last that names an error, else the first of the status."""
+    for reason in reasons:
+        lines = [line.strip() for line in reason.splitlines() if line.strip()]
+        errors = [
+            line for line in lines if line.partition(":")[0].endswith(("Error", "Exception")) and " " not in line.split(":")[0]
+        ]
+        if errors:
+            return errors[-1]
+        if lines:
+            return lines[0]
+    return ""
+
+
+def _settings(job: JobSpec) -> ServeSpec:
+    if job.serve is None:
+        raise ServeError("the job has no serve section; add `serve: {}` for the defaults")
+    return job.serve
+
+
+def _reachable(host: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        _bind(host, port)
+    except ServeError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _free_port(host: str) -> int:
+    return _bind(host, 0)
+
+
+def _bind(host: str, port: int) -> int:
+    """Binds and lets go; gives the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger after a stop do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            raise ServeError(f"serve.host = {host}, port {port}: cannot listen there ({error.strerror})") from error
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Serve's own INFO lines are not for our users."""
+    log = logging.getLogger("ray.serve")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
