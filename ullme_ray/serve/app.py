@@ -118,7 +118,9 @@ def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:
     Raises:
         UllmeError: the API keys cannot be read.
     """
-    api = FastAPI(title=f"Embeddings of {name}", version=ullme_ray.__version__, docs_url=None, redoc_url=None)
+    api = FastAPI(
+        title=f"Embeddings of {name}", version=ullme_ray.__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     api.add_middleware(RequireKey, keys=KeyRing(settings.api_keys))
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
@@ -43,9 +44,14 @@ class Server:
 
     def stop(self) -> None:
         """Lets running requests finish, ends all processes of the server and frees the port."""
-        with _quiet():
-            serve.shutdown()
         deadline = time.monotonic() + STOP_TIMEOUT_S
+        with _quiet():
+            if controller := _controller():
+                # serve.shutdown() waits on a call that the controller's own end breaks off, and Ray prints that to stdout
+                ray.get(controller.graceful_shutdown.remote(wait=False))
+            while _controller() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            serve.shutdown()  # forgets the handles of this process, and ends by force what is left
         while not _is_free(*self._address) and time.monotonic() < deadline:
             time.sleep(0.1)
 
@@ -85,7 +91,7 @@ def start_server(job: JobSpec) -> Server:
     from ullme_ray.model import encoder_folder
 
     encoder_folder(job)
-    if serve.status().proxies:
+    if _controller():
         raise ServeError("Ray Serve already runs in this cluster; end it with `serve shutdown`, or use another cluster")
     address = settings.host, settings.port or _free_port(settings.host)
     server = Server(f"http://{_reachable(settings.host)}:{address[1]}", address)
@@ -135,6 +141,14 @@ def _replicas(pool: ReplicasSpec) -> dict[str, Any]:
             "target_ongoing_requests": REQUESTS_PER_REPLICA,
         }
     }
+
+
+def _controller() -> Any | None:
+    """Ray Serve's controller, if one runs in this cluster."""
+    try:
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
 
 
 def _wait_until_healthy(url: str) -> None:

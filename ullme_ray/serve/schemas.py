@@ -101,18 +101,17 @@ def parse_body(raw: bytes) -> EmbeddingRequest:
         raise ApiError(400, "the request body is not valid JSON in UTF-8") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the request body must be a JSON object")
+    for key in body:
+        if key not in EmbeddingRequest.model_fields:
+            raise ApiError(400, f"unrecognized request argument supplied: {_shortened(key)}")
     try:
         return EmbeddingRequest.model_validate(body)
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
-        name = _shortened(str(detail["loc"][0]))
-        if detail["type"] == "extra_forbidden":
-            raise ApiError(400, f"unrecognized request argument supplied: {name}") from None
+        name = str(detail["loc"][0])
         if detail["type"] == "missing":
             raise ApiError(400, f"you must provide a {name} parameter", param=name) from None
         raise ApiError(400, f"invalid {name}: {detail['msg']}", param=name) from None
-    except UnicodeEncodeError:  # a key that is no text
-        raise ApiError(400, "the request body has a key with half a surrogate pair, which is no character") from None
 
 
 def to_call(request: EmbeddingRequest, model: ServedModel, *, max_inputs: int) -> EmbedCall:
