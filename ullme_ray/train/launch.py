@@ -1,0 +1,201 @@
+"""From the driver: starts the ranks on Ray Train, shows their progress, brings errors home."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ullme_ray import storage
+from ullme_ray.errors import StorageError, TrainingError, UllmeError
+from ullme_ray.model import check_base, ensure_base
+from ullme_ray.pairs import check_sources
+from ullme_ray.progress import Progress
+from ullme_ray.spec import JobSpec, RunFolder, parse_job
+from ullme_ray.spec.run_folder import dump_job
+from ullme_ray.train.checkpoint import check_resumable, list_checkpoints
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the trained model lies, and how the run went."""
+
+    model: str
+    steps: int
+    already_done: bool
+    final: dict[str, Any]  # the last record of metrics; empty when nothing was left to do
+
+
+def preflight(job: JobSpec) -> None:
+    """Before long work: base model, training data, writable storage, resumable checkpoint.
+
+    Raises:
+        UllmeError: with the reason.
+    """
+    check_base(job)
+    storage.check_writable(RunFolder.of(job).root)
+    check_sources(job)
+    for checkpoint in list_checkpoints(job)[-1:]:
+        check_resumable(job, checkpoint)
+
+
+def run_train(job: JobSpec) -> TrainResult:
+    """Trains the job's model to its last step and exports it; a run that was cut off goes on from its last checkpoint.
+
+    Raises:
+        UllmeError: data, model or settings cannot be used, or a loss is not finite.
+        TrainingError: ranks died more than `train.max_failures` times.
+    """
+    train = job.train
+    assert train is not None
+    run = RunFolder.of(job)
+    ensure_base(job)
+    done = list_checkpoints(job)
+    if done:
+        check_resumable(job, done[-1])
+        if done[-1].step >= train.max_steps and storage.exists(storage.join(run.export, "modules.json")):
+            return TrainResult(run.export, train.max_steps, already_done=True, final={})
+
+    mailbox = _Mailbox.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    steps_done = done[-1].step if done else 0
+    trainer = TorchTrainer(
+        _train_on_worker,
+        train_loop_config={"job": dump_job(job), "mailbox": mailbox},
+        scaling_config=ScalingConfig(
+            num_workers=train.workers.num_workers,
+            use_gpu=train.workers.gpus_per_worker > 0,
+            resources_per_worker={"CPU": train.workers.cpus_per_worker}
+            | ({"GPU": train.workers.gpus_per_worker} if train.workers.gpus_per_worker else {}),
+        ),
+        torch_config=TorchConfig(backend="nccl" if train.workers.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            # Checkpoints are ours (train/checkpoint.py). Ray's own state of the run is never resumed: its snapshot file is
+            # written in place, and a crash in mid-write would make the run impossible to restart.
+            name=f"{job.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=tempfile.mkdtemp(prefix="ullme-ray-train-"),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+        ),
+    )
+    with Progress("train", total=train.max_steps, unit="steps") as bar:
+        bar.note(batch_arithmetic(job))
+        if steps_done:
+            bar.note(f"resumes after step {steps_done}")
+        with _Watcher(mailbox, bar) as watcher:
+            try:
+                trainer.fit()
+            except ray.train.TrainingFailedError as error:
+                raise _home(error, mailbox) from None
+        failure = ray.get(mailbox.failure.remote())
+        if failure is not None:
+            raise failure
+    return TrainResult(run.export, train.max_steps, already_done=False, final=watcher.last)
+
+
+def batch_arithmetic(job: JobSpec) -> str:
+    """`global 512 = 16 ranks x 32 queries; chunk 8 -> 4 chunks of 2 passages each`."""
+    train = job.train
+    assert train is not None
+    per_rank = train.global_batch_size // train.workers.num_workers
+    chunks = -(-per_rank // train.chunk_size)
+    passages = train.positives_per_query + train.negatives_per_query
+    return (
+        f"global {train.global_batch_size} = {train.workers.num_workers} ranks x {per_rank} queries; "
+        f"chunk {train.chunk_size} -> {chunks} chunks; {passages} passages per query"
+    )
+
+
+def _train_on_worker(config: dict[str, Any]) -> None:
+    """Entry of a Ray Train worker."""
+    import logging
+
+    from ullme_ray.train.loop import train_on_rank
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    mailbox = config["mailbox"]
+    if ray.get(mailbox.failure.remote()) is not None:
+        return  # Ray restarts ranks after any error; one that a restart cannot cure ends the run here
+    job = parse_job(config["job"].encode(), source="job")
+    try:
+        train_on_rank(job, lambda record: mailbox.put.remote(record))
+    except UllmeError as error:
+        if not isinstance(error, StorageError):  # a store may recover, bad data will not
+            ray.get(mailbox.fail.remote(error))
+        raise
+
+
+@ray.remote
+class _Mailbox:
+    """Between rank 0 and the driver: metrics one way, and an error that no restart can cure."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+        self._failure: UllmeError | None = None
+
+    def put(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+
+    def take(self) -> list[dict[str, Any]]:
+        records, self._records = self._records, []
+        return records
+
+    def fail(self, error: UllmeError) -> None:
+        self._failure = self._failure or error
+
+    def failure(self) -> UllmeError | None:
+        return self._failure
+
+
+class _Watcher:
+    """A thread that moves records from the mailbox to the progress bar while `fit` blocks."""
+
+    def __init__(self, mailbox: Any, bar: Progress) -> None:
+        self.mailbox = mailbox
+        self.bar = bar
+        self.last: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="train-progress", daemon=True)
+
+    def __enter__(self) -> _Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            stopping = self._stop.wait(0.5)
+            for record in ray.get(self.mailbox.take.remote()):
+                self.last = record
+                self.bar.update(
+                    record["step"],
+                    loss=round(record["loss"], 4),
+                    con=round(record["contrastive_loss"], 4),
+                    gen=round(record["generation_loss"], 4),
+                    align=round(record["alignment_loss"], 4),
+                    grad=round(record["grad_norm"], 3),
+                    lr=f"{record['learning_rate']:.2e}",
+                    tokens_per_s=round(record["tokens_per_s"]),
+                    mfu=f"{record['mfu']:.1%}",
+                )
+            if stopping:
+                return
+
+
+def _home(error: Exception, mailbox: Any) -> UllmeError:
+    """What the ranks failed of, as an error of ours."""
+    failure: UllmeError | None = ray.get(mailbox.failure.remote())
+    if failure is not None:
+        return failure
+    for rank, cause in sorted(getattr(error, "worker_failures", {}).items()):
+        if isinstance(cause, UllmeError):
+            return cause
+        return TrainingError(f"rank {rank} failed more than train.max_failures times: {type(cause).__name__}: {cause}")
+    return TrainingError(f"training failed: {error}")

@@ -1,0 +1,164 @@
+"""Training on one rank, top to bottom: build, resume, fetch, step, log, checkpoint, export. Read this first."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from ullme_ray import storage
+from ullme_ray.model.backbone import DTYPES, base_folder
+from ullme_ray.model.encoder import open_tokenizer
+from ullme_ray.model.export import export_encoder
+from ullme_ray.model.two_pass import build_two_pass, merge_lora
+from ullme_ray.pairs import read_sources
+from ullme_ray.spec.job import JobSpec, TrainSpec
+from ullme_ray.spec.run_folder import RunFolder
+from ullme_ray.train.checkpoint import load_checkpoint, save_checkpoint
+from ullme_ray.train.collate import TrainBatch, collate
+from ullme_ray.train.collectives import world
+from ullme_ray.train.data import BatchSampler
+from ullme_ray.train.deepspeed import DeepSpeedEngine
+from ullme_ray.train.metrics import MetricsLog, peak_flops, step_flops
+from ullme_ray.train.step import total_tokens, train_step
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train_on_rank(job: JobSpec, report: Report) -> None:
+    """Runs the job's training on this rank; the process group must be up. Resumes from the newest checkpoint by itself.
+
+    Args:
+        report: gets every logged record, on rank 0 only.
+
+    Raises:
+        UllmeError: data, model or checkpoint cannot be used, or a loss is not finite.
+    """
+    train = job.train
+    assert train is not None
+    rank, world_size = world()
+    per_rank = train.global_batch_size // world_size
+
+    # Build
+    sampler = BatchSampler(read_sources(job), train, seed=job.seed)
+    tokenizer = open_tokenizer(job, which="base")
+    module = build_two_pass(
+        base_folder(job),
+        job.model,
+        reference=train.objective.reference if train.objective.generation == "dpo" else "none",
+        gradient_checkpointing=train.gradient_checkpointing,
+        seed=job.seed,
+    )
+    num_parameters = _non_embedding_parameters(module.causal_lm)
+    engine = DeepSpeedEngine(module, job, world_size)
+    peak = peak_flops(engine.device) * world_size
+
+    # Resume
+    steps_done = load_checkpoint(engine, job)
+    log = MetricsLog(RunFolder.of(job).metrics, steps_done=steps_done) if rank == 0 else None
+
+    def fetch(step: int) -> TrainBatch:
+        return collate(
+            sampler.examples(step, rank * per_rank, per_rank),
+            tokenizer,
+            with_generation=train.objective.needs_generation,
+            max_generation_tokens=train.max_generation_tokens or job.model.max_tokens,
+        )
+
+    with ThreadPoolExecutor(1) as prefetch:  # the next batch is tokenized while this one is computed
+        upcoming = prefetch.submit(fetch, steps_done) if steps_done < train.max_steps else None
+        for step in range(steps_done, train.max_steps):
+            start = time.perf_counter()
+            assert upcoming is not None
+            batch = upcoming.result().to(engine.device)
+            if step + 1 < train.max_steps:
+                upcoming = prefetch.submit(fetch, step + 1)
+
+            learning_rate = learning_rate_at(step, train)
+            engine.set_learning_rate(learning_rate)
+            result = train_step(engine, batch, train.objective, chunk_size=train.chunk_size, step=step, seed=job.seed)
+
+            encode_tokens, generate_tokens = total_tokens(batch)
+            seconds = time.perf_counter() - start
+            if log is not None and ((step + 1) % train.log_every_steps == 0 or step + 1 == train.max_steps):
+                record = {
+                    "step": step + 1,
+                    "loss": result.loss,
+                    "contrastive_loss": result.contrastive_loss,
+                    "generation_loss": result.generation_loss,
+                    "alignment_loss": result.alignment_loss,
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": learning_rate,
+                    "tokens_per_s": (encode_tokens + generate_tokens) / seconds,
+                    "mfu": step_flops(num_parameters, encode_tokens, generate_tokens) / seconds / peak,
+                    "step_s": seconds,
+                    "memory_bytes": _memory_bytes(engine.device),
+                }
+                log.write(record)
+                report(record)
+
+            if (step + 1) % train.checkpoint_every_steps == 0 or step + 1 == train.max_steps:
+                save_checkpoint(engine, job, step + 1)
+                if log is not None:
+                    log.flush()
+
+    if log is not None:
+        log.close()
+    _export(engine, job)
+
+
+def learning_rate_at(step: int, train: TrainSpec) -> float:
+    """Learning rate of a step (from 0): linear warm-up to the peak, then the schedule. A function of the step: no state."""
+    warmup = math.ceil(train.warmup_ratio * train.max_steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, train.max_steps - warmup)
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[train.lr_schedule]
+    return train.learning_rate * shape
+
+
+def _export(engine: DeepSpeedEngine, job: JobSpec) -> None:
+    """Rank 0 puts the trained weights into a fresh copy of the base and publishes it; a collective call."""
+    assert job.train is not None
+    weights = engine.trained_weights()
+    if world()[0] != 0:
+        return
+    run = RunFolder.of(job)
+    module = build_two_pass(base_folder(job), job.model, reference="none", dtype=torch.float32)
+    missing, unexpected = module.lm.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+    assert not unexpected, unexpected
+    assert not set(weights) & set(missing), missing
+    with tempfile.TemporaryDirectory() as local:
+        if job.model.lora is not None:
+            module.lm.save_pretrained(f"{local}/adapter")
+            storage.put_folder(f"{local}/adapter", storage.join(run.root, "adapter"))
+        backbone = merge_lora(module).base_model.to(DTYPES[job.model.dtype])
+        training = {
+            "objective": job.train.objective.preset,
+            "steps": job.train.max_steps,
+            "global batch size": job.train.global_batch_size,
+            "learning rate": job.train.learning_rate,
+        }
+        tokenizer = open_tokenizer(job, which="base").hf
+        export_encoder(backbone, tokenizer, job, f"{local}/model", training=training)
+        storage.remove(storage.join(run.export, "modules.json"))  # first gone, last back: marks a complete export
+        storage.put_folder(f"{local}/model", run.export)
+
+
+def _non_embedding_parameters(lm: Any) -> int:
+    embedding = lm.get_input_embeddings()
+    return sum(p.numel() for p in lm.base_model.parameters()) - sum(p.numel() for p in embedding.parameters())
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
