@@ -1,0 +1,145 @@
+"""Encodes texts in Ray actors, a chunk at a time; vectors come back as they are done, so nothing has to be held twice.
+
+One actor per free GPU, else a few CPU actors. It never waits for a core that does not come: where all are taken, a single
+actor runs beside whatever holds them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayTaskError
+
+from ullme_ray.errors import ModelError, UllmeError
+from ullme_ray.model import open_encoder
+from ullme_ray.model.encoder import Encoder, Which
+from ullme_ray.model.tokenizing import PromptName
+from ullme_ray.progress import Progress
+from ullme_ray.spec import JobSpec, RunFolder
+
+CHUNK_TEXTS = 256
+MAX_CPU_ACTORS = 4  # every actor holds the whole model
+SETTLE_S = 5.0  # how long cores of a stage that just ended may take to be reported free
+NOTE_AFTER_S = 30.0
+
+
+class _EncodeActor:
+    """Holds one encoder. Opened on first use, so that Ray can restart it after a crash."""
+
+    def __init__(self, job: JobSpec, which: Which) -> None:
+        self._job, self._which = job, which
+        self._encoder: Encoder | None = None
+
+    def open(self) -> str:
+        """Loads the model and tells its fingerprint."""
+        if self._encoder is None:
+            self._encoder = open_encoder(self._job, which=self._which)
+        return self._encoder.fingerprint
+
+    def encode(self, texts: list[str], prompt: PromptName) -> np.ndarray:
+        self.open()
+        assert self._encoder is not None
+        return self._encoder.encode(texts, prompt)
+
+
+class EncoderPool:
+    """Actors with one model each; ends them when the `with` block is left.
+
+    Args:
+        fingerprint: of the model that the caller means; an actor that loads another one is an error.
+        num_texts: about how many texts will come; few texts start few actors.
+    """
+
+    def __init__(self, job: JobSpec, which: Which, *, fingerprint: str, num_texts: int) -> None:
+        self._fingerprint = fingerprint
+        options = _actor_options(num_chunks=-(-num_texts // CHUNK_TEXTS))
+        actor_class = ray.remote(max_restarts=2, max_task_retries=2)(_EncodeActor)
+        located = _with_absolute_paths(job)
+        self._actors: list[Any] = [actor_class.options(**o).remote(located, which) for o in options]
+        self._opening: dict[Any, Any] = {actor.open.remote(): actor for actor in self._actors}
+        self._idle: list[Any] = []
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def encode(self, texts: Sequence[str], prompt: PromptName, progress: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(row numbers into `texts`, their vectors), chunk by chunk, in any order; longest texts first, so that chunks are even.
+
+        Raises:
+            ModelError: the model cannot be loaded in an actor.
+        """
+        order = np.array(sorted(range(len(texts)), key=lambda row: -len(texts[row])), dtype=np.int64)
+        chunks = deque(order[start : start + CHUNK_TEXTS] for start in range(0, len(order), CHUNK_TEXTS))
+        running: dict[Any, tuple[Any, np.ndarray]] = {}
+        while chunks or running:
+            while chunks and self._idle:
+                actor, rows = self._idle.pop(), chunks.popleft()
+                running[actor.encode.remote([texts[row] for row in rows], prompt)] = actor, rows
+            done, _ = ray.wait([*running, *self._opening], num_returns=1, timeout=NOTE_AFTER_S)
+            if not done and not running:
+                progress.note("still loading the model, or waiting for the cluster to place its first actor")
+            for reference in done:
+                if reference in self._opening:
+                    self._opened(self._opening.pop(reference), _get(reference))
+                else:
+                    actor, rows = running.pop(reference)
+                    vectors = _get(reference)
+                    self._idle.append(actor)
+                    yield rows, vectors
+
+    def _opened(self, actor: Any, fingerprint: str) -> None:
+        if fingerprint != self._fingerprint:
+            raise ModelError(
+                f"a Ray worker loads another model (fingerprint {fingerprint[:12]}) than this machine ({self._fingerprint[:12]}); "
+                "give all machines the same model folder, or keep it on s3://"
+            )
+        self._idle.append(actor)
+
+
+def _get(reference: Any) -> Any:
+    """`ray.get`, with our own errors as they were raised."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UllmeError):
+            raise error.cause from None
+        raise
+
+
+def _actor_options(num_chunks: int) -> list[dict[str, Any]]:
+    """What each actor reserves, one entry an actor."""
+    gpus = int(_free("GPU", num_chunks))
+    if gpus:
+        return [{"num_gpus": 1, "num_cpus": 0}] * max(1, min(gpus, num_chunks))
+    one_machine = len(ray.nodes()) == 1  # a local Ray may have been told of more CPUs than there are
+    most = min(MAX_CPU_ACTORS, os.cpu_count() or 1) if one_machine else MAX_CPU_ACTORS
+    wanted = max(1, min(num_chunks, most))
+    cpus = int(_free("CPU", wanted))
+    return [{"num_cpus": 1}] * min(wanted, cpus) if cpus else [{"num_cpus": 0}]
+
+
+def _free(resource: str, wanted: int) -> float:
+    """Free units of a resource, after giving a stage that just ended a moment to let go of them."""
+    wanted = min(wanted, int(ray.cluster_resources().get(resource, 0)))
+    deadline = time.monotonic() + SETTLE_S
+    while (free := float(ray.available_resources().get(resource, 0.0))) < wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return free
+
+
+def _with_absolute_paths(job: JobSpec) -> JobSpec:
+    """The same job for a process with another working folder."""
+    storage_root = RunFolder.of(job).root.removesuffix(f"/{job.name}")
+    base = os.path.expanduser(job.model.base)
+    model = job.model.model_copy(update={"base": os.path.abspath(base)}) if os.path.isdir(base) else job.model
+    return job.model_copy(update={"storage": storage_root, "model": model})
