@@ -77,7 +77,7 @@ class Embedder:
             dtype=settings.dtype,
             versions={
                 "ullme_ray": ullme_ray.__version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),  # a TorchVersion would make the ingress import torch
                 "transformers": transformers.__version__,
             },
         )
