@@ -6,10 +6,28 @@ For machines without a model hub, and for tests. Costs seconds; the same texts a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from ullme_ray.spec.job import ScratchSpec
 
 END_TOKEN, BEGIN_TOKEN, PAD_TOKEN = "<|end|>", "<|begin|>", "<|pad|>"
+
+
+def scratch_config(shape: ScratchSpec, *, max_tokens: int, vocab_size: int, **token_ids: int | None) -> Any:
+    """The transformers config of a scratch model; a small text may give fewer than `shape.vocab_size` tokens."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=-(-shape.hidden_size * 8 // 3 // 32) * 32,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=4 * max_tokens,
+        tie_word_embeddings=True,
+        **token_ids,
+    )
 
 
 def build_scratch(texts: Iterable[str], shape: ScratchSpec, *, max_tokens: int, seed: int, folder: str) -> None:
@@ -23,7 +41,7 @@ def build_scratch(texts: Iterable[str], shape: ScratchSpec, *, max_tokens: int, 
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,18 +60,13 @@ def build_scratch(texts: Iterable[str], shape: ScratchSpec, *, max_tokens: int, 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BEGIN_TOKEN, eos_token=END_TOKEN, pad_token=PAD_TOKEN, model_max_length=max_tokens
     )
-    config = LlamaConfig(
+    config = scratch_config(
+        shape,
+        max_tokens=max_tokens,
         vocab_size=bpe.get_vocab_size(),
-        hidden_size=shape.hidden_size,
-        intermediate_size=-(-shape.hidden_size * 8 // 3 // 32) * 32,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=4 * max_tokens,
         bos_token_id=begin,
         eos_token_id=bpe.token_to_id(END_TOKEN),
         pad_token_id=bpe.token_to_id(PAD_TOKEN),
-        tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

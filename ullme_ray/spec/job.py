@@ -5,6 +5,7 @@ Imports neither torch nor ray, so `ullme-ray check` answers at once.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PositiveInt, model_validator
@@ -182,6 +183,10 @@ class TrainSpec(Section):
         3, description="Worker deaths survived by restarting from the last checkpoint."
     )
     log_every_steps: PositiveInt = Field(1, description="Steps between two lines of metrics.")
+
+    @property
+    def warmup_steps(self) -> int:
+        return math.ceil(self.warmup_ratio * self.max_steps)
 
 
 class LocalSetSpec(Section):

@@ -41,6 +41,11 @@ class SecretRef:
             raise UllmeError(f"secret {self.reference} cannot be read: {missing}")
         return SecretStr(value)
 
+    def reveal_list(self) -> list[SecretStr]:
+        """The secret as several values, one per line or separated by commas."""
+        parts = re.split(r"[\n,]", self.reveal().get_secret_value())
+        return [SecretStr(part.strip()) for part in parts if part.strip()]
+
     def __repr__(self) -> str:
         return f"SecretRef({self.reference!r})"
 

@@ -1,0 +1,5 @@
+"""`python -m ullme_ray` is `ullme-ray`."""
+
+from ullme_ray.cli import main
+
+main()

@@ -1,0 +1,232 @@
+"""The command line: parses, delegates, and turns errors into exit codes. 0 done, 1 failed, 2 bad job file or usage.
+
+Imports neither torch nor ray before a command needs them, so `check` and `--help` answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ullme_ray.errors import JobFileError, Problem, UllmeError
+from ullme_ray.spec import JobSpec, load_job
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+app = typer.Typer(
+    help="Turn a decoder LLM into a text embedder and put it to work on Ray, from one YAML job file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file; `ullme-ray init` writes one to start from.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values set over those of the file, read as YAML.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a machine to read.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray and the workers print.")]
+
+
+def main() -> None:
+    """Entry of `ullme-ray` and `python -m ullme_ray`."""
+    app(prog_name="ullme-ray")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="File to write.")] = Path("job.yaml"),
+) -> None:
+    """Write a commented starter job file."""
+    with _exit_codes():
+        try:
+            with path.open("x", encoding="utf-8") as stream:
+                stream.write(_starter())
+        except FileExistsError:
+            raise UllmeError(f"{path} exists; remove it or give another name: ullme-ray init OTHER.yaml") from None
+        except OSError as error:
+            raise UllmeError(f"{path} cannot be written ({error.strerror}); give another place") from None
+        print(f"wrote {path}; next: ullme-ray check {path}, then ullme-ray run {path}")
+
+
+@app.command()
+def check(
+    path: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", help="The job file.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of job files, for editors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Validate a job file; report every problem with its line and a way out."""
+    if schema:
+        print(json.dumps(_schema(), indent=2))
+        return
+    if path is None:
+        raise typer.BadParameter("give a job file, or --schema", param_hint="JOB.yaml")
+    with _exit_codes(as_json=as_json):
+        job = load_job(path, overrides or ())
+        if as_json:
+            print(json.dumps({"ok": True, "job": job.model_dump(mode="json")}))
+        else:
+            print(f"{path} is a good job file: {job.name} runs {', '.join(job.stages)}")
+
+
+@app.command()
+def plan(path: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what would run: batch arithmetic, steps, parameters, memory per worker, units to embed."""
+    with _exit_codes(as_json=as_json):
+        job = _open_job(path, overrides)
+        from ullme_ray.plan import make_plan
+
+        found = make_plan(job)
+        print(json.dumps(found.as_dict()) if as_json else found.to_text())
+
+
+@app.command()
+def run(path: JobFile, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Run every stage the job has: train, evaluate, embed, serve, then ask its questions."""
+    with _exit_codes():
+        job = _open_job(path, overrides)
+        from ullme_ray.run import run_job
+
+        run_job(job, verbose=verbose)
+
+
+@app.command()
+def train(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Fine-tune the model and export it; goes on from the last checkpoint."""
+    with _stage("train", path, overrides, as_json, verbose) as job:
+        from ullme_ray.run import describe_training, train_interruptibly
+
+        result = train_interruptibly(job)
+        _print_result(result, describe_training(result), as_json)
+
+
+@app.command()
+def evaluate(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Measure retrieval on held-out queries, before and after training."""
+    with _stage("evaluate", path, overrides, as_json, verbose) as job:
+        from ullme_ray.evaluate import run_evaluate
+
+        report = run_evaluate(job)
+        _print_result(report, report.to_text(), as_json)
+
+
+@app.command()
+def embed(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Embed the corpus into the table; what is done already is not done again."""
+    with _stage("embed", path, overrides, as_json, verbose) as job:
+        from ullme_ray.embed import run_embed
+        from ullme_ray.run import describe_embedding
+
+        report = run_embed(job)
+        _print_result(report, describe_embedding(report), as_json)
+
+
+@app.command()
+def serve(path: JobFile, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Serve the model over HTTP until Ctrl-C."""
+    with _stage("serve", path, overrides, False, verbose) as job:
+        from ullme_ray.run import serve_until_interrupted
+        from ullme_ray.serve import start_server
+
+        with start_server(job) as server:
+            serve_until_interrupted(server)
+
+
+@app.command()
+def search(
+    path: JobFile,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to look for.")],
+    overrides: Overrides = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Passages to show; search.top_k by default.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="A running server; without one the model is loaded here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the best passages of the embeddings table for a question."""
+    with _exit_codes(as_json=as_json):
+        job = _open_job(path, overrides)
+        from ullme_ray.evaluate.search import search as find
+        from ullme_ray.run import describe_hits
+
+        hits = find(job, question, top_k=top_k or job.search.top_k, url=url)
+        if as_json:
+            answers = [{"id": hit.id, "score": hit.score, "columns": hit.columns} for hit in hits]
+            print(json.dumps({"question": question, "hits": answers}, default=str))
+        else:
+            print(describe_hits(question, hits))
+
+
+@contextlib.contextmanager
+def _stage(stage: str, path: Path, overrides: list[str] | None, as_json: bool, verbose: bool) -> Iterator[JobSpec]:
+    """What the commands of single stages share: the job, its checks before long work, and Ray."""
+    with _exit_codes(as_json=as_json):
+        job = _open_job(path, overrides)
+        if getattr(job, stage) is None:
+            raise JobFileError(str(path), [Problem(stage, f"is missing; `ullme-ray {stage}` needs this section")])
+        from ullme_ray.run import prepare
+        from ullme_ray.runtime import start_ray
+
+        prepare(job, (stage,))
+        with start_ray(job, (stage,), verbose=verbose):
+            yield job
+
+
+def _open_job(path: Path, overrides: list[str] | None) -> JobSpec:
+    from ullme_ray.runtime import quiet_libraries
+
+    job = load_job(path, overrides or ())
+    quiet_libraries()
+    return job
+
+
+@contextlib.contextmanager
+def _exit_codes(*, as_json: bool = False) -> Iterator[None]:
+    """Errors of ours become a message and a code; others keep their traceback, for they are faults to report."""
+    try:
+        yield
+    except UllmeError as error:
+        if as_json:
+            print(json.dumps(_as_dict(error)))
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        again = shlex.join(["ullme-ray", *sys.argv[1:]])
+        print(f"\nstopped; the same command goes on where this one left off: {again}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception:  # noqa: BLE001 - the border of the program
+        traceback.print_exc()
+        print("error: the fault above is in ullme_ray or a library, not in your job file; please report it", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _as_dict(error: UllmeError) -> dict[str, Any]:
+    problems = [
+        {"where": problem.where, "line": problem.line, "message": problem.message}
+        for problem in (error.problems if isinstance(error, JobFileError) else [])
+    ]
+    return {"ok": False, "error": type(error).__name__, "message": str(error), "problems": problems}
+
+
+def _print_result(result: Any, text: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    print(json.dumps(asdict(result), default=str) if as_json else text)
+
+
+def _starter() -> str:
+    return importlib.resources.files("ullme_ray").joinpath("starter.yaml").read_text(encoding="utf-8")
+
+
+def _schema() -> dict[str, Any]:
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobSpec.model_json_schema()}

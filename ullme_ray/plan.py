@@ -1,0 +1,277 @@
+"""What a job would do, before it does it: batch arithmetic, steps, parameters, memory per worker, units to embed.
+
+Loads no weights: parameters are counted on torch's meta device. Costs a few seconds of imports and a listing of the corpus.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ullme_ray import storage
+from ullme_ray.errors import ModelError, UllmeError
+from ullme_ray.runtime import pools
+from ullme_ray.spec import JobSpec, RunFolder
+from ullme_ray.spec.job import TrainSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BYTES = {"float32": 4, "bfloat16": 2}
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on one training worker. Torch's and the libraries' own memory (about 0.5 GiB) comes on top."""
+
+    zero_stage: int
+    weights: int
+    gradients: int
+    optimizer: int  # fp32 master weights and Adam's two moments
+    reference: int  # the frozen copy that DPO without LoRA compares with
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.reference + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `ullme-ray plan` prints; absent parts are explained in `notes`."""
+
+    name: str
+    folder: str
+    stages: tuple[str, ...]
+    processes: dict[str, str]
+    batch: str | None = None
+    steps: str | None = None
+    parameters: int | None = None
+    trainable_parameters: int | None = None
+    memory: tuple[Memory, ...] = ()
+    zero_stage: int | None = None
+    embed: dict[str, int] | None = None
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"memory": [asdict(m) | {"total": m.total} for m in self.memory]}
+
+    def to_text(self) -> str:
+        lines = [f"{self.name}: {' -> '.join(self.stages)}", f"  folder      {self.folder}"]
+        lines += [f"  {stage:<11} {text}" for stage, text in self.processes.items()]
+        if self.parameters is not None:
+            lines.append(f"  parameters  {self.parameters:,}, of which {self.trainable_parameters or 0:,} are trained")
+        if self.batch:
+            lines += [f"  batch       {self.batch}", f"  steps       {self.steps}"]
+        if self.memory:
+            lines.append("  memory per worker, estimated:")
+            lines += [f"    {line}" for line in _memory_table(self.memory, self.zero_stage)]
+        if self.embed is not None:
+            lines.append("  to embed    " + ", ".join(f"{count:,} {name}" for name, count in self.embed.items()))
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+@dataclass
+class _Shape:
+    """What the estimate needs of a model."""
+
+    parameters: int
+    trainable: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    vocab_size: int
+    notes: list[str] = field(default_factory=list)
+
+
+def make_plan(job: JobSpec) -> Plan:
+    """Works it out. What cannot be known yet (a hub model without network, data not yet written) becomes a note."""
+    notes: list[str] = []
+    plan: dict[str, Any] = {
+        "name": job.name,
+        "folder": RunFolder.of(job).root,
+        "stages": job.stages,
+        "processes": {pool.stage: _processes(pool.min, pool.max, pool.cpus, pool.gpus) for pool in pools(job)},
+    }
+    shape = None
+    try:
+        shape = _shape(job)
+        plan |= {"parameters": shape.parameters, "trainable_parameters": shape.trainable if job.train else 0}
+        notes += shape.notes
+    except ModelError as error:
+        notes.append(f"parameters and memory are unknown: {error}")
+    if job.train:
+        from ullme_ray.train.launch import batch_arithmetic
+
+        plan |= {"batch": batch_arithmetic(job), "steps": _steps(job.train), "zero_stage": job.train.deepspeed.zero_stage}
+        if shape:
+            plan["memory"] = tuple(_memory(job, job.train, shape, stage) for stage in ZERO_STAGES)
+    if job.embed:
+        try:
+            plan["embed"] = _units(job)
+        except (UllmeError, FileNotFoundError) as error:
+            later = job.dataset is not None and job.embed.input.path.startswith("run:data")
+            notes.append("units to embed: known once `run` has written the data set" if later else f"units to embed: {error}")
+    return Plan(**plan, notes=tuple(notes))
+
+
+def _units(job: JobSpec) -> dict[str, int]:
+    from ullme_ray.embed import plan_units
+
+    units = plan_units(job)
+    files = {unit.file.path for unit in units}
+    return {"rows": sum(unit.num_rows for unit in units), "units": len(units), "files": len(files)}
+
+
+def _processes(least: int, most: int, cpus: float, gpus: float) -> str:
+    count = str(least) if least == most else f"{least} to {most}"
+    return f"{count} x ({cpus:g} CPU" + (f", {gpus:g} GPU)" if gpus else ")")
+
+
+def _steps(train: TrainSpec) -> str:
+    return (
+        f"{train.max_steps:,} x {train.global_batch_size:,} queries = {train.max_steps * train.global_batch_size:,}; "
+        f"{train.warmup_steps:,} warm-up steps, then {train.lr_schedule} from {train.learning_rate:g}; "
+        f"a checkpoint every {train.checkpoint_every_steps:,}"
+    )
+
+
+def _shape(job: JobSpec) -> _Shape:
+    """Counts parameters by building the model, and its LoRA adapters, without memory for them.
+
+    Raises:
+        ModelError: the model's config cannot be had.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    notes = []
+    config = _config(job)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=job.model.trust_remote_code)
+    if job.model.base == "scratch":
+        notes.append(f"the vocabulary has at most {job.model.scratch.vocab_size:,} tokens; fewer if the texts are few")
+    parameters = trainable = _count(model)
+    if job.model.lora is not None:
+        from ullme_ray.model.dropout import RowSeeds
+        from ullme_ray.model.two_pass import add_lora
+
+        with torch.device("meta"):
+            trainable = _count(add_lora(model, job.model.lora, RowSeeds()), trained_only=True)
+        parameters += trainable
+    text = config.get_text_config()
+    return _Shape(
+        parameters=parameters,
+        trainable=trainable,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        layers=text.num_hidden_layers,
+        vocab_size=text.vocab_size,
+        notes=notes,
+    )
+
+
+def _count(model: nn.Module, *, trained_only: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+
+
+def _config(job: JobSpec) -> Any:
+    """The base model's config; of a hub or S3 model only `config.json` is fetched."""
+    from ullme_ray.model.backbone import load_config
+
+    model = job.model
+    if model.base == "scratch":
+        from ullme_ray.model.scratch import scratch_config
+
+        return scratch_config(model.scratch, max_tokens=model.max_tokens, vocab_size=model.scratch.vocab_size)
+    folder = os.path.expanduser(model.base)
+    if os.path.isdir(folder):
+        return load_config(folder, trust_remote_code=model.trust_remote_code)
+    if storage.is_remote(model.base):
+        try:
+            content = storage.read_bytes(storage.join(model.base, "config.json"))
+        except (UllmeError, FileNotFoundError) as error:
+            raise ModelError(f"model.base = {model.base} has no readable config.json: {error}") from error
+        with tempfile.TemporaryDirectory() as local:
+            storage.write_bytes(f"{local}/config.json", content)
+            return load_config(local, trust_remote_code=model.trust_remote_code)
+    return load_config(_fetch_hub_config(job), trust_remote_code=model.trust_remote_code)
+
+
+def _fetch_hub_config(job: JobSpec) -> str:
+    from huggingface_hub import hf_hub_download
+
+    model = job.model
+    token = model.hub_token.reveal().get_secret_value() if model.hub_token else None
+    try:
+        return os.path.dirname(hf_hub_download(model.base, "config.json", revision=model.revision, token=token))
+    except Exception as error:  # noqa: BLE001 - the hub client raises many kinds; all mean that the config is not to be had
+        raise ModelError(
+            f"model.base = {model.base} is no local folder, and its config cannot be had from the Hugging Face hub"
+            f" ({type(error).__name__}); check the name and the network"
+        ) from None
+
+
+def _memory(job: JobSpec, train: TrainSpec, shape: _Shape, zero_stage: int) -> Memory:
+    """Bytes on one worker under a ZeRO stage.
+
+    Weights (P) and gradients (T, the trained ones) are in model.dtype; AdamW keeps 8 bytes per trained parameter, and an fp32
+    copy of 4 more where weights are bfloat16 or sharded. Stage 1 shards the optimizer over the ranks, 2 also the
+    gradients, 3 also the weights.
+    """
+    ranks = train.workers.num_workers
+    size = BYTES[job.model.dtype]
+    has_master = size < 4 or zero_stage > 0
+    needs_copy = (
+        train.objective.generation == "dpo"
+        and train.objective.generation_weight > 0
+        and train.objective.reference in ("auto", "frozen_copy")
+        and not (train.objective.reference == "auto" and job.model.lora is not None)
+    )
+
+    def share(count: int, from_stage: int) -> int:
+        return -(-count // ranks) if zero_stage >= from_stage else count
+
+    return Memory(
+        zero_stage=zero_stage,
+        weights=share(shape.parameters, 3) * size,
+        gradients=share(shape.trainable, 2) * size,
+        optimizer=share(shape.trainable, 1) * (8 + 4 * has_master),
+        reference=shape.parameters * size if needs_copy else 0,
+        activations=_activations(job, train, shape),
+    )
+
+
+def _activations(job: JobSpec, train: TrainSpec, shape: _Shape) -> int:
+    """Bytes kept for the backward pass of one GradCache chunk, every text as long as it may be.
+
+    Per token and layer about 10 states of the hidden width (norms, q, k, v, attention, residuals) and 4 of the MLP's, or one
+    state with gradient checkpointing; attention weights are not kept (sdpa). The generation pass adds logits in fp32, twice.
+    The encode and the generation pass of a chunk both stay until its one backward.
+    """
+    size = BYTES[job.model.dtype]
+    queries = min(train.chunk_size, train.global_batch_size // train.workers.num_workers)
+    passages = train.positives_per_query + train.negatives_per_query
+    per_layer = 10 * shape.hidden_size + 4 * shape.intermediate_size
+    per_token = (shape.layers * shape.hidden_size + per_layer) if train.gradient_checkpointing else shape.layers * per_layer
+    encoded = queries * (1 + passages) * job.model.max_tokens * per_token * size
+    if not train.objective.needs_generation:
+        return encoded
+    tokens = queries * passages * (train.max_generation_tokens or job.model.max_tokens)
+    return encoded + tokens * (per_token * size + 2 * 4 * shape.vocab_size)
+
+
+def _memory_table(rows: tuple[Memory, ...], chosen: int | None) -> list[str]:
+    names = ("weights", "gradients", "optimizer", "reference", "activations", "total")
+    lines = ["ZeRO  " + "".join(f"{name:>13}" for name in names)]
+    for row in rows:
+        mark = "  <- this job" if row.zero_stage == chosen else ""
+        lines.append(f"{row.zero_stage:<6}" + "".join(f"{_size(getattr(row, name)):>13}" for name in names) + mark)
+    return lines
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

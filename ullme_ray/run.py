@@ -1,0 +1,175 @@
+"""`ullme-ray run`: the stages of a job one after the other, then the proof that all of them give the same vectors.
+
+Read `run_job` first. Stages resume by themselves: what is done already is found and not done again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import textwrap
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from ullme_ray import storage
+from ullme_ray.parity import check_parity
+from ullme_ray.runtime import start_ray
+from ullme_ray.spec import JobSpec, RunFolder
+from ullme_ray.spec.job import ServeSpec
+from ullme_ray.spec.run_folder import dump_job
+
+if TYPE_CHECKING:
+    from ullme_ray.embed import EmbedReport
+    from ullme_ray.evaluate.search import Hit
+    from ullme_ray.serve import Server
+    from ullme_ray.train import TrainResult
+
+EXCERPT_CHARS = 200
+
+
+def run_job(job: JobSpec, *, verbose: bool = False) -> None:
+    """Runs all stages of a job, on the cluster it names or on a local Ray.
+
+    Args:
+        verbose: show what Ray and the workers print.
+
+    Raises:
+        UllmeError: a stage cannot run or failed, or the stages' vectors differ.
+    """
+    prepare(job, job.stages)
+    with start_ray(job, verbose=verbose):
+        if job.train:
+            _say_stage("train", job)
+            print(describe_training(train_interruptibly(job)), flush=True)
+        if job.evaluate:
+            _say_stage("evaluate", job)
+            from ullme_ray.evaluate import run_evaluate
+
+            print(run_evaluate(job).to_text(), flush=True)
+        if job.embed:
+            _say_stage("embed", job)
+            from ullme_ray.embed import run_embed
+
+            print(describe_embedding(run_embed(job)), flush=True)
+        if job.serve:
+            _say_stage("serve", job)
+            _serve(job, job.serve)
+        else:
+            print(_where_everything_lies(job))
+
+
+def prepare(job: JobSpec, stages: Sequence[str]) -> None:
+    """All that can fail early, before anything takes long: storage, model, data, ports and keys of every stage at once.
+
+    Writes the run's job.yaml and the built-in data set, which the stages' own checks look at.
+
+    Raises:
+        UllmeError: the first thing found that would make a stage fail.
+    """
+    run = RunFolder.of(job)
+    storage.check_writable(run.root)
+    from ullme_ray.model import check_base
+    from ullme_ray.sample_data import ensure_dataset
+
+    check_base(job)
+    ensure_dataset(job)
+    for stage in stages:
+        importlib.import_module(f"ullme_ray.{stage}").preflight(job)
+    storage.write_text(run.job_file, dump_job(job))
+
+
+def train_interruptibly(job: JobSpec) -> TrainResult:
+    """`run_train` on a thread of its own, so that Ctrl-C stays an exception of this one.
+
+    On the main thread Ray Train (2.60) puts a SIGINT handler of its own in place, which ends the process with code 0, as if
+    training were done.
+    """
+    from ullme_ray.train import run_train
+
+    result: Future[TrainResult] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(run_train(job))
+        except BaseException as error:  # noqa: BLE001 - carried to the thread that waits, whatever it is
+            result.set_exception(error)
+
+    threading.Thread(target=work, name="train", daemon=True).start()
+    return result.result()
+
+
+def serve_until_interrupted(server: Server) -> None:
+    """Blocks until Ctrl-C or SIGTERM."""
+    print(f"serving at {server.url}; Ctrl-C stops", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\nstopping the server", file=sys.stderr)
+
+
+def _serve(job: JobSpec, settings: ServeSpec) -> None:
+    from ullme_ray.evaluate.search import search
+    from ullme_ray.serve import start_server
+
+    with start_server(job) as server:
+        print(f"answers at {server.url}", flush=True)
+        for question in job.search.questions:
+            print(describe_hits(question, search(job, question, top_k=job.search.top_k, url=server.url)), flush=True)
+        if job.embed:
+            print(check_parity(job, server.url).to_text(), flush=True)
+        print(_where_everything_lies(job), flush=True)
+        if settings.keep_running:
+            serve_until_interrupted(server)
+
+
+def describe_training(result: TrainResult) -> str:
+    loss = f", last loss {result.final['loss']:.4f}" if result.final else ""
+    state = "was trained already" if result.already_done else "trained"
+    return f"{state}: {result.steps:,} steps{loss}; model in {result.model}"
+
+
+def describe_embedding(report: EmbedReport) -> str:
+    text = (
+        f"{report.rows:,} rows in {report.files:,} files: {report.rows_embedded:,} embedded, {report.rows_reused:,} reused,"
+        f" {report.rows_dead:,} unusable"
+    )
+    rate = f" ({report.tokens_per_s:,.0f} tokens/s)" if report.rows_embedded else ""
+    return f"{text}{rate}; table version {report.version} in {report.table}"
+
+
+def describe_hits(question: str, hits: Sequence[Hit]) -> str:
+    """A question and its passages, best first, each with score and an excerpt."""
+    lines = [f"Q: {question}"]
+    for place, hit in enumerate(hits, start=1):
+        lines.append(f"  {place}. {hit.score:.3f}  {hit.id}")
+        lines += textwrap.wrap(_excerpt(hit.columns), width=100, initial_indent=" " * 5, subsequent_indent=" " * 5)
+    return "\n".join(lines if hits else [*lines, "  the table has no rows"])
+
+
+def _excerpt(columns: dict[str, Any]) -> str:
+    """The longest text of a row, which is the passage unless the table leaves it out."""
+    texts = [value for name, value in columns.items() if isinstance(value, str) and name != "content_hash"]
+    return textwrap.shorten(max(texts, key=len, default=""), EXCERPT_CHARS, placeholder=" ...")
+
+
+def _say_stage(stage: str, job: JobSpec) -> None:
+    position = f"{job.stages.index(stage) + 1}/{len(job.stages)}"
+    print(f"\n== {position} {stage} ==", flush=True)
+
+
+def _where_everything_lies(job: JobSpec) -> str:
+    run = RunFolder.of(job)
+    places = {"job file": run.job_file}
+    if job.dataset:
+        places["data"] = run.data
+    if job.train:
+        places |= {"model": run.export, "checkpoints": run.checkpoints, "metrics": run.metrics}
+    if job.evaluate:
+        places["evaluation"] = run.evaluation
+    if job.embed:
+        places["embeddings"] = run.resolve(job.embed.output.path)
+    return "\n".join(["\nEverything lies here:", *(f"  {name:<12} {path}" for name, path in places.items())])

@@ -1,0 +1,139 @@
+"""Where a job runs: joins the Ray cluster it names, or starts a local one that is large enough for its largest stage.
+
+Imports ray only when a cluster is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ullme_ray.errors import UllmeError
+from ullme_ray.spec import JobSpec
+
+SPARE_CPUS = 2  # beside a stage's own pool: its driver-side tasks (reading, writing), the server's ingress
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives an interrupted run must not start a second Ray
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The processes that a stage needs at the same time, at least and at most."""
+
+    stage: str
+    min: int
+    max: int
+    cpus: float  # of one process
+    gpus: float
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from talking over the job's own output. Call it before they are imported; what is set already stays."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module=r"(accelerate|deepspeed|peft|ray|torch|transformers)\b")
+    deepspeed_log = logging.getLogger("DeepSpeed")  # it sets its own level when it is imported, but keeps filters
+    if not deepspeed_log.filters:
+        deepspeed_log.addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def pools(job: JobSpec, stages: Sequence[str] | None = None) -> list[Pool]:
+    """The pools of a job's stages, or of some of them."""
+    found = []
+    if job.train:
+        workers = job.train.workers
+        size = workers.num_workers
+        found.append(Pool("train", size, size, workers.cpus_per_worker, workers.gpus_per_worker))
+    if job.embed:
+        actors = job.embed.actors
+        found.append(Pool("embed", actors.min, actors.max, actors.cpus_per_actor, actors.gpus_per_actor))
+    if job.serve:
+        replicas = job.serve.replicas
+        found.append(Pool("serve", replicas.min, replicas.max, job.serve.cpus_per_replica, job.serve.gpus_per_replica))
+    return [pool for pool in found if stages is None or pool.stage in stages]
+
+
+def local_cpus(job: JobSpec) -> int:
+    """Logical CPUs of a local Ray: never fewer than the largest stage asks for, so that no stage waits for ever."""
+    needed = max((pool.max * pool.cpus for pool in pools(job)), default=0) + SPARE_CPUS
+    return max(os.cpu_count() or 1, int(needed))
+
+
+@contextlib.contextmanager
+def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: bool = False) -> Iterator[None]:
+    """Ray for the length of a `with` block; leaves a Ray that was already running in this process alone.
+
+    Args:
+        stages: those that will run; None means all of the job's.
+        verbose: show what the workers print.
+
+    Raises:
+        UllmeError: no cluster answers at the address, or the pools cannot fit into it.
+    """
+    quiet_libraries()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = job.cluster.address or os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if verbose else logging.ERROR
+    if address:
+        _join(address, level, verbose)
+    else:
+        ray.init(
+            num_cpus=local_cpus(job),
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=level,
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        _check_pools_fit(pools(job, stages), address or "the local Ray")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str, level: int, verbose: bool) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=verbose, logging_level=level)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UllmeError(
+            f"no Ray cluster answers at cluster.address = {address} ({reason}); start it, correct the address,"
+            " or remove it (and RAY_ADDRESS) to run locally"
+        ) from error
+
+
+def _check_pools_fit(wanted: Sequence[Pool], where: str) -> None:
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for pool in wanted:
+        for name, each in (("CPU", pool.cpus), ("GPU", pool.gpus)):
+            slots = sum(int(node.get(name, 0) / each) for node in nodes) if each else pool.min
+            if slots < pool.min:
+                total = sum(node.get(name, 0) for node in nodes)
+                field = {"train": "workers.num_workers", "embed": "actors.min", "serve": "replicas.min"}[pool.stage]
+                raise UllmeError(
+                    f"{pool.stage}.{field} = {pool.min} processes of {each:g} {name} each do not fit into {where},"
+                    f" which has {total:g} {name} on {len(nodes)} nodes; lower the number, or add nodes"
+                )
