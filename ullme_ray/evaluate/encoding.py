@@ -32,14 +32,14 @@ NOTE_AFTER_S = 30.0
 class _EncodeActor:
     """Holds one encoder. Opened on first use, so that Ray can restart it after a crash."""
 
-    def __init__(self, job: JobSpec, which: Which) -> None:
-        self._job, self._which = job, which
+    def __init__(self, job: JobSpec, which: Which, device: str | None) -> None:
+        self._job, self._which, self._device = job, which, device
         self._encoder: Encoder | None = None
 
     def open(self) -> str:
         """Loads the model and tells its fingerprint."""
         if self._encoder is None:
-            self._encoder = open_encoder(self._job, which=self._which)
+            self._encoder = open_encoder(self._job, which=self._which, device=self._device)
         return self._encoder.fingerprint
 
     def encode(self, texts: list[str], prompt: PromptName) -> np.ndarray:
@@ -61,7 +61,10 @@ class EncoderPool:
         options = _actor_options(num_chunks=-(-num_texts // CHUNK_TEXTS))
         actor_class = ray.remote(max_restarts=2, max_task_retries=2)(_EncodeActor)
         located = _with_absolute_paths(job)
-        self._actors: list[Any] = [actor_class.options(**o).remote(located, which) for o in options]
+        self._actors: list[Any] = [
+            actor_class.options(**reserved).remote(located, which, None if "num_gpus" in reserved else "cpu")
+            for reserved in options
+        ]
         self._opening: dict[Any, Any] = {actor.open.remote(): actor for actor in self._actors}
         self._idle: list[Any] = []
 
@@ -73,7 +76,7 @@ class EncoderPool:
             ray.kill(actor)
 
     def encode(self, texts: Sequence[str], prompt: PromptName, progress: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(row numbers into `texts`, their vectors), chunk by chunk, in any order; longest texts first, so that chunks are even.
+        """(row numbers into `texts`, their vectors), chunk by chunk, in any order; chunks are of texts of like length.
 
         Raises:
             ModelError: the model cannot be loaded in an actor.
@@ -100,8 +103,8 @@ class EncoderPool:
     def _opened(self, actor: Any, fingerprint: str) -> None:
         if fingerprint != self._fingerprint:
             raise ModelError(
-                f"a Ray worker loads another model (fingerprint {fingerprint[:12]}) than this machine ({self._fingerprint[:12]}); "
-                "give all machines the same model folder, or keep it on s3://"
+                f"a Ray worker loads another model (fingerprint {fingerprint[:12]}) than this machine "
+                f"({self._fingerprint[:12]}); give all machines the same model folder, or keep it on s3://"
             )
         self._idle.append(actor)
 

@@ -1,7 +1,7 @@
 """The evaluate stage: the model before and after training, and BM25, on every set of the job. Read this file first.
 
-Costs one encode of every set per model; a model's figures are kept by its fingerprint and the set's version, so that a second run
-encodes nothing.
+Costs one encode of every set per model; a model's figures are kept by its fingerprint and the set's version, so that a second
+run encodes nothing.
 """
 
 from __future__ import annotations

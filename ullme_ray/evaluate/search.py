@@ -1,0 +1,151 @@
+"""Exact search over the embeddings table: the question is embedded, every vector is compared, the best rows are fetched.
+
+Streams the table part by part, so it may be larger than memory; a search costs one read of the `embedding` column.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+
+from ullme_ray.errors import DataError, EmbedError, ServeError, UllmeError
+from ullme_ray.evaluate import topk
+from ullme_ray.model import open_encoder
+from ullme_ray.spec import JobSpec, RunFolder
+from ullme_ray.spec.job import EmbedSpec
+from ullme_ray.table import open_table
+
+EMBEDDING_COLUMN = "embedding"
+PROVENANCE_KEY = b"ullme_ray"  # of a part's schema: JSON that names the model's fingerprint
+BATCH_ROWS = 16_384
+REQUEST_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A row of the table: its id, its cosine with the question, and the user's columns that embed copied into the table."""
+
+    id: Any
+    score: float
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Question:
+    vector: np.ndarray  # (D,) float32, unit length
+    fingerprint: str  # of the model that made it
+
+
+def search(job: JobSpec, question: str, *, top_k: int, url: str | None = None) -> list[Hit]:
+    """The rows of the job's embeddings table nearest to a question, best first.
+
+    Args:
+        url: a running server that embeds the question; absent loads the model in this process.
+
+    Raises:
+        StorageError: there is no table yet.
+        EmbedError: another model made the table.
+        ServeError: the server does not answer, or refuses.
+    """
+    if job.embed is None:
+        raise UllmeError("the job has no embed section, so there is no table to search; add one")
+    if not question.strip():
+        raise DataError("the question is empty; ask something")
+    path = RunFolder.of(job).resolve(job.embed.output.path)
+    parts = _open_parts(path)
+    asked = _ask_server(job, question, url) if url else _ask_model(job, question)
+    return [_read_hit(parts[part], row, score, job.embed) for part, row, score in _nearest(parts, asked, top_k, path)]
+
+
+def _open_parts(path: str) -> list[Any]:
+    """The table's Parquet files, in name order, so that equal tables give equal answers."""
+    return sorted(open_table(path).to_pyarrow_dataset().get_fragments(), key=lambda part: part.path)
+
+
+def _ask_model(job: JobSpec, question: str) -> _Question:
+    encoder = open_encoder(job)
+    return _Question(encoder.encode([question], "query")[0], encoder.fingerprint)
+
+
+def _ask_server(job: JobSpec, question: str, url: str) -> _Question:
+    headers = {}
+    if job.serve and job.serve.api_keys:
+        first_key = re.split(r"[\n,]", job.serve.api_keys.reveal().get_secret_value())[0].strip()
+        headers["authorization"] = f"Bearer {first_key}"
+    body = {"model": job.name, "input": question, "input_type": "query"}
+    use_proxies = httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1")
+    with httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=use_proxies) as client:
+        info = _answer(client, "GET", "/info")
+        vector = _answer(client, "POST", "/v1/embeddings", json=body)["data"][0]["embedding"]
+    return _Question(np.asarray(vector, dtype=np.float32), info["fingerprint"])
+
+
+def _answer(client: httpx.Client, method: str, route: str, **request: Any) -> dict[str, Any]:
+    try:
+        response = client.request(method, route, **request)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServeError(
+            f"no answer from {client.base_url} ({error}); start a server with `ullme-ray serve`, or search without --url"
+        ) from None
+    try:
+        content = response.json()
+    except ValueError:
+        content = None
+    if response.status_code != 200 or not isinstance(content, dict):
+        reason = content["error"]["message"] if isinstance(content, dict) and "error" in content else response.text[:200]
+        raise ServeError(f"{client.base_url} answered {route} with {response.status_code}: {reason}")
+    return content
+
+
+def _nearest(parts: list[Any], asked: _Question, k: int, path: str) -> list[tuple[int, int, float]]:
+    """(part, row in it, score) of the best rows; of rows with equal scores the first."""
+    first_rows = np.cumsum([0, *(part.count_rows() for part in parts)])  # of each part, in the whole table
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for part, first_row in zip(parts, first_rows.tolist()):
+            _check_model(part, asked.fingerprint, path)
+            for batch in part.to_batches(columns=[EMBEDDING_COLUMN], batch_size=BATCH_ROWS):
+                if batch.num_rows:
+                    # Top-k prefers the largest id where scores are equal, so the first row gets the largest.
+                    yield -np.arange(first_row, first_row + batch.num_rows), _vectors(batch.column(0))
+                first_row += batch.num_rows
+
+    (best,) = topk.top_k(asked.vector[None], blocks(), k)
+    found = []
+    for negative_row, score in best:
+        part = int(np.searchsorted(first_rows, -negative_row, side="right")) - 1
+        found.append((part, -negative_row - int(first_rows[part]), score))
+    return found
+
+
+def _check_model(part: Any, fingerprint: str, path: str) -> None:
+    provenance = (part.physical_schema.metadata or {}).get(PROVENANCE_KEY)
+    if provenance is None:
+        raise EmbedError(f"{path} holds {part.path}, which `ullme-ray embed` did not write; it cannot be searched")
+    made_by = json.loads(provenance)["fingerprint"]
+    if made_by != fingerprint:
+        raise EmbedError(
+            f"the table {path} was made by another model (fingerprint {made_by[:12]}) than the question's vector "
+            f"({fingerprint[:12]}); run `ullme-ray embed` on this job again"
+        )
+
+
+def _vectors(column: pa.Array) -> np.ndarray:
+    """(n, D) float32 from a list column whose rows all have the same length."""
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def _read_hit(part: Any, row: int, score: float, embed: EmbedSpec) -> Hit:
+    id_column = embed.input.id or "id"
+    names = [name for name in (id_column, *embed.input.columns) if name in part.physical_schema.names]
+    if id_column not in names:
+        raise EmbedError(f"the table has no column {id_column} (embed.input.id); run `ullme-ray embed` on this job again")
+    (values,) = part.take(pa.array([row]), columns=names).to_pylist()
+    return Hit(values.pop(id_column), score, values)
