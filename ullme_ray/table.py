@@ -1,0 +1,52 @@
+"""The embeddings table, where stages that write it and stages that read it meet: a Delta table of Parquet parts."""
+
+from __future__ import annotations
+
+import os
+
+from deltalake import DeltaTable
+from deltalake.exceptions import TableNotFoundError
+
+from ullme_ray.errors import StorageError
+
+
+def open_table(path: str) -> DeltaTable:
+    """The newest version of the table in folder `path` (absolute or s3://).
+
+    Raises:
+        StorageError: there is none, or it cannot be read.
+    """
+    table = find_table(path)
+    if table is None:
+        raise StorageError(f"{path} holds no embeddings table yet; run `ullme-ray embed` on this job first")
+    return table
+
+
+def find_table(path: str) -> DeltaTable | None:
+    """As `open_table`, but None where there is no table."""
+    try:
+        return DeltaTable(path, storage_options=delta_options(path))
+    except TableNotFoundError:
+        return None
+    except Exception as error:  # deltalake raises DeltaError, OSError and others for a store that does not answer
+        raise StorageError(
+            f"cannot read the table {path} ({_first_line(error)}); check its address and the credentials"
+        ) from error
+
+
+def delta_options(path: str) -> dict[str, str]:
+    """Options for deltalake, which reads the AWS_* variables itself but wants plain http and a region spelled out."""
+    if not path.startswith("s3://"):
+        return {}
+    options = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        options["AWS_ENDPOINT_URL"] = endpoint
+        options["AWS_ALLOW_HTTP"] = str(endpoint.startswith("http://")).lower()
+        if not os.environ.get("AWS_REGION"):
+            options["AWS_REGION"] = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+    return options
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
