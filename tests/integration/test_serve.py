@@ -230,6 +230,19 @@ def test_bad_requests_are_refused_in_json_and_change_nothing(running: Running) -
     assert_same([item["embedding"] for item in after["data"]], np.array([item["embedding"] for item in before["data"]]))
 
 
+def test_odd_headers_are_no_error(running: Running) -> None:
+    odd = [
+        (b"x-request-id", b"\xff"),
+        (b"x-session-id", b"\xff"),
+        (b"serve-multiplexed-model-id", b"\xff"),
+        (b"x-note", b"\xfe"),
+    ]
+    odd += [(b"x-request-timeout-seconds", b"0.0001"), (b"x-request-timeout-seconds", b"\xff"), (b"accept", b"nonsense")]
+    with running.http() as http:
+        for header in odd:
+            assert http.get("/info", headers=[header]).status_code == 200, header
+
+
 def test_a_client_that_hangs_up_harms_nobody(running: Running) -> None:
     host, port = running.server.url.removeprefix("http://").split(":")
     content = json.dumps({"input": some_texts(200, seed=6), "model": running.job.name}).encode()

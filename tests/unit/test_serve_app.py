@@ -14,11 +14,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from ray import cloudpickle
 
 from ullme_ray.errors import ServeError, UllmeError
+from ullme_ray.serve import build_app, front
 from ullme_ray.serve.app import ATTEMPTS, ReplicaBackend, create_api
 from ullme_ray.serve.keys import KeyRing
 from ullme_ray.serve.schemas import ApiError, EmbedCall, EmbedReply, ServedModel
+from ullme_ray.spec import parse_job
 from ullme_ray.spec.job import ServeSpec
 from ullme_ray.spec.secrets import SecretRef
 
@@ -373,3 +376,34 @@ def test_the_ingress_loads_no_torch() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "['numpy']"
+
+
+def test_the_proxy_sees_none_of_the_clients_control_headers() -> None:
+    seen: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(name for name, _ in scope["headers"])
+
+    dropped = [
+        (b"x-session-id", b"1"),
+        (b"X_Session_ID", b"\xff"),
+        (b"serve_multiplexed_model_id", b"m"),
+        (b"x-request-id", b"\xff"),
+    ]
+    dropped += [(b"x-request-timeout-seconds", b"0.001"), (b"x-request-disconnect-disabled", b"?1"), (b"x-request-id", b"a\nb")]
+    kept = [(b"authorization", b"Bearer k"), (b"x-request-id", b"abc-1"), (b"content-type", b"application/json")]
+
+    async def test() -> None:
+        (layer,) = front.middlewares()
+        await layer.cls(app)({"type": "http", "headers": [*dropped, *kept]}, None, None)  # type: ignore[arg-type]
+
+    run(test())
+    assert seen == [name for name, _ in kept]
+
+
+def test_what_is_handed_to_ray_holds_the_keys_reference_and_not_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ULLME_TEST_KEYS", "planted-key")
+    job = parse_job(b"name: tiny\nmodel: {base: ./x}\nserve: {api_keys: env:ULLME_TEST_KEYS, replicas: {min: 1, max: 3}}")
+    pickled = cloudpickle.dumps(build_app(job))
+    assert b"ULLME_TEST_KEYS" in pickled
+    assert b"planted-key" not in pickled

@@ -21,6 +21,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from ullme_ray.errors import ServeError
+from ullme_ray.serve import front
 from ullme_ray.serve.app import Ingress
 from ullme_ray.serve.embedder import Embedder
 from ullme_ray.serve.keys import KeyRing
@@ -101,6 +102,7 @@ def start_server(job: JobSpec) -> Server:
                 proxy_location="HeadOnly",
                 http_options={"host": address[0], "port": address[1]},
                 logging_config=_LOGGING,
+                controller_options={"runtime_env": {"env_vars": front.CALLBACK}},  # the proxy inherits it
             )
             target = serve.RunTarget(build_app(job), name=APP_NAME, logging_config=_LOGGING)
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
