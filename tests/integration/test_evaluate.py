@@ -172,3 +172,11 @@ def test_preflight_names_a_missing_and_a_broken_set(job, tmp_path):
     qrels.unlink()
     with pytest.raises(DataError, match=r"test\.tsv does not exist"):
         preflight(elsewhere)
+
+
+def test_a_job_that_is_not_trained_yet_fails_before_anything_is_encoded(job, monkeypatch):
+    train = {"objective": "cl", "data": [{"path": "run:data/train.jsonl"}]}
+    untrained = JobSpec.model_validate({**job.model_dump(), "train": train})
+    monkeypatch.setattr("ullme_ray.evaluate.run.EncoderPool", None)  # starting it would be a TypeError
+    with pytest.raises(ModelError, match="holds no trained model yet"):
+        run_evaluate(untrained)

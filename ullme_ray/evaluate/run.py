@@ -57,7 +57,9 @@ def run_evaluate(job: JobSpec, *, models: Sequence[ModelName] | None = None) -> 
     folder = RunFolder.of(job)
     local_sets = [read_local_set(folder.resolve(local.path)) for local in _spec(job).local]
     chosen = models if models is not None else models_of(job)
-    found = {model: _measure(job, model, local_sets) for model in chosen}
+    # Of all models first, so that one that is missing is an error before long work.
+    fingerprints = {model: _fingerprint(job, model) for model in chosen}
+    found = {model: _measure(job, model, fingerprints[model], local_sets) for model in chosen}
     report = EvaluationReport(
         job=job.name,
         sets=tuple(
@@ -89,9 +91,12 @@ def _spec(job: JobSpec) -> EvaluateSpec:
     return job.evaluate
 
 
-def _measure(job: JobSpec, model: ModelName, local_sets: Sequence[LocalSet]) -> list[ModelScores]:
+def _fingerprint(job: JobSpec, model: ModelName) -> str:
+    return bm25.FINGERPRINT if model == "bm25" else encoder_fingerprint(job, which=model)
+
+
+def _measure(job: JobSpec, model: ModelName, fingerprint: str, local_sets: Sequence[LocalSet]) -> list[ModelScores]:
     """One model on all sets: kept results where there are any, else one pool of encoders for what is left."""
-    fingerprint = bm25.FINGERPRINT if model == "bm25" else encoder_fingerprint(job, which=model)
     results = [_ResultFile(job, fingerprint, local_set) for local_set in local_sets]
     per_query = [result.read() for result in results]
     missing = [position for position, known in enumerate(per_query) if known is None]
