@@ -94,7 +94,7 @@ class TextTokenizer:
         else:
             prompt_ids = self._without_closing_token(self.hf(query + "\n")["input_ids"])
         room = max(2, max_tokens - len(prompt_ids))
-        passage_ids = self.hf(passage, add_special_tokens=False)["input_ids"]
+        passage_ids = self.hf(passage, add_special_tokens=False, verbose=False)["input_ids"]
         end = [self.hf.eos_token_id] if self.hf.eos_token_id is not None else []
         passage_ids = [*passage_ids, *end][:room]
         # The first scored token is predicted from the last prompt token, so there must be one.
@@ -102,7 +102,7 @@ class TextTokenizer:
         return GenerationTokens([*prompt_ids, *passage_ids], len(passage_ids))
 
     def _cut(self, text: str, max_tokens: int) -> str:
-        encoding = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = self.hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoding["offset_mapping"]
         return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
 

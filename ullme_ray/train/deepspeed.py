@@ -15,6 +15,10 @@ from torch import Tensor
 from ullme_ray.model.two_pass import TwoPassModel
 from ullme_ray.spec.job import JobSpec
 
+# On a CPU DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, a C++ compiler, and ranks that must
+# share one host. gloo does without all three.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 def engine_config(job: JobSpec, world_size: int) -> dict[str, Any]:
     """DeepSpeed's config for a job; what it does not hold is left to DeepSpeed's defaults."""
@@ -65,7 +69,8 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        self._engine.set_lr(learning_rate)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
 
     def step(self) -> float:
         """Updates the weights; returns the global gradient norm before clipping."""
