@@ -76,7 +76,7 @@ def commit(path: str, wanted: Mapping[PartName, Part], schema: pa.Schema, *, job
                 table.create_write_transaction(
                     [_add(part) for part in wanted.values()], "overwrite", delta_schema, commit_properties=note
                 )
-            return table.version()
+            return table.version() + 1  # without retries it is the next version or none; the handle stays at the one it read
         except CommitFailedError:
             pass  # another run was faster
         except DeltaError as error:

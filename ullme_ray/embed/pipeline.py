@@ -248,13 +248,16 @@ def _outcomes(units: list[Unit], context: EmbedContext) -> Iterator[_Outcome]:
                 compute=pool,
                 num_cpus=actors.cpus_per_actor,
                 num_gpus=actors.gpus_per_actor,
-                max_restarts=-1,  # nodes come and go during a long run
-                max_task_retries=_UNIT_RETRIES,
+                ray_remote_args_fn=_actor_options,
             )
             .map(cast(Any, write_step), fn_args=(context,), num_cpus=1)
         )
         for row in dataset.iter_rows():
             yield _Outcome(pickle.loads(row["part"]), row["num_dead"], row["num_tokens"])
+
+
+def _actor_options() -> dict[str, Any]:
+    return {"max_restarts": -1, "max_task_retries": _UNIT_RETRIES}  # nodes come and go during a long run
 
 
 def _data_context() -> DataContext:
