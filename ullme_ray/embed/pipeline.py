@@ -7,7 +7,7 @@ listing of the corpus and the table's log. Rows of a changed file are not compar
 from __future__ import annotations
 
 import json
-import pickle
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,9 +15,10 @@ from typing import Any, cast
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 
 from ullme_ray import storage
-from ullme_ray.embed.actor import EmbedActor, EmbedContext, read_step, write_step
+from ullme_ray.embed.actor import EmbedActor, EmbedContext, Outcome, outcome_of, read_step, unit_row, write_step
 from ullme_ray.embed.commit import active_parts, check_owner, commit
 from ullme_ray.embed.parts import (
     DEAD_LETTERS,
@@ -73,15 +74,6 @@ class Plan:
     @property
     def num_rows(self) -> int:
         return sum(name.num_rows for name in self.done) + sum(unit.num_rows for unit in self.missing)
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What became of one unit."""
-
-    part: Part
-    num_dead: int
-    num_tokens: int
 
 
 def preflight(job: JobSpec) -> None:
@@ -197,10 +189,10 @@ def _get(reference: Any) -> list[Unit]:
         raise _explained(error) from error
 
 
-def _embed_missing(plan: Plan, context: EmbedContext, show: bool) -> list[_Outcome]:
+def _embed_missing(plan: Plan, context: EmbedContext, show: bool) -> list[Outcome]:
     """Runs the missing units through the pipeline."""
     done_before = sum(name.num_rows for name in plan.done)
-    outcomes: list[_Outcome] = []
+    outcomes: list[Outcome] = []
     started = time.monotonic()
     rows = done_before
     with Progress("embed", plan.num_rows) if show else _Silent() as bar:
@@ -213,7 +205,7 @@ def _embed_missing(plan: Plan, context: EmbedContext, show: bool) -> list[_Outco
                 rows += outcome.part.name.num_rows
                 tokens = sum(o.num_tokens for o in outcomes)
                 bar.update(rows, tokens_per_s=tokens / (time.monotonic() - started))
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             raise _explained(error) from error
     return outcomes
 
@@ -234,13 +226,13 @@ class _Silent:
         pass
 
 
-def _outcomes(units: list[Unit], context: EmbedContext) -> Iterator[_Outcome]:
+def _outcomes(units: list[Unit], context: EmbedContext) -> Iterator[Outcome]:
     """The Ray Data pipeline: tasks read, a pool of actors embeds, tasks write; every unit is one block throughout."""
     actors = embed_section(context.job).actors
     pool = ActorPoolStrategy(min_size=actors.min, max_size=_pool_limit(actors, len(units)))
     with DataContext.current(_data_context()):
         dataset = (
-            ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units))
+            ray.data.from_items([unit_row(unit) for unit in units], override_num_blocks=len(units))
             .map(cast(Any, read_step), fn_args=(context,), num_cpus=1)
             .map(
                 cast(Any, EmbedActor),  # Ray's hints know functions of one argument only
@@ -253,7 +245,7 @@ def _outcomes(units: list[Unit], context: EmbedContext) -> Iterator[_Outcome]:
             .map(cast(Any, write_step), fn_args=(context,), num_cpus=1)
         )
         for row in dataset.iter_rows():
-            yield _Outcome(pickle.loads(row["part"]), row["num_dead"], row["num_tokens"])
+            yield outcome_of(row)
 
 
 def _actor_options() -> dict[str, Any]:
@@ -291,23 +283,16 @@ def _pool_limit(actors: ActorsSpec, num_units: int) -> int:
     return max(actors.min, min(actors.max, fits, num_units))
 
 
-def _explained(error: BaseException) -> UllmeError:
-    """The error that a step raised on purpose, out of Ray's wrapping; anything else as an EmbedError with its first lines."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UllmeError):
-            return seen
-        if isinstance(seen, ray.exceptions.RayTaskError) and isinstance(seen.cause, BaseException) and seen.cause is not seen:
-            seen = seen.cause
-        else:
-            seen = seen.__cause__ or seen.__context__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return EmbedError(
-        f"embedding stopped: {lines[-1] if lines else type(error).__name__}; the next run goes on from the parts written"
-    )
+def _explained(error: Exception) -> UllmeError:
+    """The error that a task raised on purpose; anything else as an EmbedError with the first error of Ray's long report."""
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, UllmeError):
+        return error.cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    root = next((line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
+    return EmbedError(f"embedding stopped: {root}; the next run goes on from the parts written so far")
 
 
-def _check_all_rows_accounted(plan: Plan, outcomes: list[_Outcome], wanted: dict[PartName, Part], folder: str) -> None:
+def _check_all_rows_accounted(plan: Plan, outcomes: list[Outcome], wanted: dict[PartName, Part], folder: str) -> None:
     """Rows in = embedded + dead-lettered, unit by unit, before anything is committed.
 
     Raises:
