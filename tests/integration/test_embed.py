@@ -90,7 +90,7 @@ def vectors(corpus: Corpus) -> dict[str, np.ndarray]:
 
 def test_full_run_rerun_crash_and_changes(corpus: Corpus) -> None:
     first, second, third = make_rows("a", 20), make_rows("b", 7), make_rows("c", 3)
-    bad = [
+    bad: list[dict[str, Any]] = [
         {"id": "bad-1", "title": None},
         {"id": "bad-2", "title": " "},
         {"id": None, "title": "x"},
