@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from ullme_ray.errors import JobFileError, Problem, UllmeError
-from ullme_ray.spec import JobSpec, load_job
+from ullme_ray.spec import JobSpec, absolute_paths, load_job
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file; `ullme-ray init` writes one to start from.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values set over those of the file, read as YAML.")
+    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Values set over those of the file, read as YAML.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a machine to read.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray and the workers print.")]
@@ -184,9 +184,8 @@ def _stage(stage: str, path: Path, overrides: list[str] | None, as_json: bool, v
 def _open_job(path: Path, overrides: list[str] | None) -> JobSpec:
     from ullme_ray.runtime import quiet_libraries
 
-    job = load_job(path, overrides or ())
     quiet_libraries()
-    return job
+    return absolute_paths(load_job(path, overrides or ()))
 
 
 @contextlib.contextmanager

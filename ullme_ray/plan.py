@@ -198,6 +198,8 @@ def _config(job: JobSpec) -> Any:
         with tempfile.TemporaryDirectory() as local:
             storage.write_bytes(f"{local}/config.json", content)
             return load_config(local, trust_remote_code=model.trust_remote_code)
+    if folder.startswith((".", "/")) or folder.count("/") > 1:
+        raise ModelError(f"model.base = {model.base} is not a folder")
     return load_config(_fetch_hub_config(job), trust_remote_code=model.trust_remote_code)
 
 

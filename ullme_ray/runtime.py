@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ullme_ray.errors import UllmeError
 from ullme_ray.spec import JobSpec
 
 SPARE_CPUS = 2  # beside a stage's own pool: its driver-side tasks (reading, writing), the server's ingress
+CONNECT_TIMEOUT_S = 10.0
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -97,6 +99,7 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
         _join(address, level, verbose)
     else:
         ray.init(
+            address="local",  # without it, Ray joins any cluster that was started on this machine before
             num_cpus=local_cpus(job),
             include_dashboard=False,
             log_to_driver=verbose,
@@ -104,6 +107,10 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
             _node_ip_address="127.0.0.1",
         )
     try:
+        if job.embed and not verbose:
+            import ray.data
+
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
         _check_pools_fit(pools(job, stages), address or "the local Ray")
         yield
     finally:
@@ -114,13 +121,21 @@ def _join(address: str, level: int, verbose: bool) -> None:
     import ray
 
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=verbose, logging_level=level)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError and TimeoutError are OSErrors
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UllmeError(
             f"no Ray cluster answers at cluster.address = {address} ({reason}); start it, correct the address,"
             " or remove it (and RAY_ADDRESS) to run locally"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Opens the port of a host:port or ray://host:port address, for Ray itself tries a dead one for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _check_pools_fit(wanted: Sequence[Pool], where: str) -> None:

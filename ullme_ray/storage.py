@@ -235,5 +235,8 @@ def check_writable(folder: str) -> None:
         StorageError: with the reason.
     """
     probe = join(folder, f"write-check-{os.getpid()}.tmp")
-    write_bytes(probe, b"ok")
+    try:
+        write_bytes(probe, b"ok")
+    except FileNotFoundError as error:  # a bucket, or a parent that nothing can be made in, such as /proc
+        raise StorageError(f"cannot write below {folder} ({error}); check that the folder or bucket can exist") from error
     remove(probe)

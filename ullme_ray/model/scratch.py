@@ -13,7 +13,7 @@ from ullme_ray.spec.job import ScratchSpec
 END_TOKEN, BEGIN_TOKEN, PAD_TOKEN = "<|end|>", "<|begin|>", "<|pad|>"
 
 
-def scratch_config(shape: ScratchSpec, *, max_tokens: int, vocab_size: int, **token_ids: int | None) -> Any:
+def scratch_config(shape: ScratchSpec, *, max_tokens: int, vocab_size: int, **token_ids: Any) -> Any:
     """The transformers config of a scratch model; a small text may give fewer than `shape.vocab_size` tokens."""
     from transformers import LlamaConfig
 

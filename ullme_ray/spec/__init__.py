@@ -2,6 +2,6 @@
 
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.load import load_job, parse_job
-from ullme_ray.spec.run_folder import RunFolder
+from ullme_ray.spec.run_folder import RunFolder, absolute_paths
 
-__all__ = ["JobSpec", "RunFolder", "load_job", "parse_job"]
+__all__ = ["JobSpec", "RunFolder", "absolute_paths", "load_job", "parse_job"]

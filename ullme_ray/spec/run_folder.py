@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -56,13 +57,37 @@ class RunFolder:
         return f"{self.root}/evaluation"
 
 
+def absolute_paths(job: JobSpec) -> JobSpec:
+    """The same job for any working folder, such as that of a Ray worker: local paths absolute, `run:` paths as they are."""
+    tree = job.model_dump(mode="json")
+
+    def replace(section: Any, key: str, prefix: str = "") -> None:
+        value = section.get(key) if section else None
+        if value is not None and value.startswith(prefix) and not value.startswith(("env:", "run:")):
+            section[key] = prefix + _absolute(value.removeprefix(prefix))
+
+    replace(tree, "storage")
+    if os.path.isdir(os.path.expanduser(job.model.base)) and job.model.base != "scratch":
+        replace(tree["model"], "base")
+    replace(tree["model"], "hub_token", prefix="file:")
+    replace(tree["serve"], "api_keys", prefix="file:")
+    for source in (tree["train"] or {}).get("data", ()):
+        replace(source, "path")
+    for local_set in (tree["evaluate"] or {}).get("local", ()):
+        replace(local_set, "path")
+    if tree["embed"]:
+        replace(tree["embed"]["input"], "path")
+        replace(tree["embed"]["output"], "path")
+    return JobSpec.model_validate(tree)
+
+
 def dump_job(job: JobSpec) -> str:
-    """The resolved job, defaults included, as YAML that loads to an equal job. Secrets stay references."""
+    """The resolved job as YAML: defaults included, local paths absolute, secrets still references."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(job.model_dump(mode="json"), stream)
+    yaml.dump(absolute_paths(job).model_dump(mode="json"), stream)
     return stream.getvalue()
 
 
