@@ -105,9 +105,10 @@ def run(path: JobFile, overrides: Overrides = None, verbose: Verbose = False) ->
 def train(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Fine-tune the model and export it; goes on from the last checkpoint."""
     with _stage("train", path, overrides, as_json, verbose) as job:
-        from ullme_ray.run import describe_training, train_interruptibly
+        from ullme_ray.run import describe_training
+        from ullme_ray.train import run_train
 
-        result = train_interruptibly(job)
+        result = run_train(job)
         _print_result(result, describe_training(result), as_json)
 
 

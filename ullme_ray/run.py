@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from ullme_ray import storage
@@ -43,7 +42,9 @@ def run_job(job: JobSpec, *, verbose: bool = False) -> None:
     with start_ray(job, verbose=verbose):
         if job.train:
             _say_stage("train", job)
-            print(describe_training(train_interruptibly(job)), flush=True)
+            from ullme_ray.train import run_train
+
+            print(describe_training(run_train(job)), flush=True)
         if job.evaluate:
             _say_stage("evaluate", job)
             from ullme_ray.evaluate import run_evaluate
@@ -79,26 +80,6 @@ def prepare(job: JobSpec, stages: Sequence[str]) -> None:
     for stage in stages:
         importlib.import_module(f"ullme_ray.{stage}").preflight(job)
     storage.write_text(run.job_file, dump_job(job))
-
-
-def train_interruptibly(job: JobSpec) -> TrainResult:
-    """`run_train` on a thread of its own, so that Ctrl-C stays an exception of this one.
-
-    On the main thread Ray Train (2.60) puts a SIGINT handler of its own in place, which ends the process with code 0, as if
-    training were done.
-    """
-    from ullme_ray.train import run_train
-
-    result: Future[TrainResult] = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(run_train(job))
-        except BaseException as error:  # noqa: BLE001 - carried to the thread that waits, whatever it is
-            result.set_exception(error)
-
-    threading.Thread(target=work, name="train", daemon=True).start()
-    return result.result()
 
 
 def serve_until_interrupted(server: Server) -> None:

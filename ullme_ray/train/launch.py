@@ -64,7 +64,7 @@ def run_train(job: JobSpec) -> TrainResult:
 
     mailbox = _Mailbox.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     steps_done = done[-1].step if done else 0
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _train_on_worker,
         train_loop_config={"job": dump_job(job), "mailbox": mailbox},
         scaling_config=ScalingConfig(
@@ -127,6 +127,13 @@ def _train_on_worker(config: dict[str, Any]) -> None:
         if not isinstance(error, StorageError):  # a store may recover, bad data will not
             ray.get(mailbox.fail.remote(error))
         raise
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C an exception; Ray Train (2.60) puts a handler in its place that ends the process with 0, as if done."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 @ray.remote
