@@ -44,7 +44,9 @@ BROKEN = {
     # Readable, but with YAML that job files do not allow.
     "duplicate key": Broken(TRAIN + "  max_steps: 5\n  max_steps: 9\n", 6, ("train.max_steps", "twice", "line 5", "keep one")),
     "duplicate section": Broken(TRAIN + "model: {base: other}\n", 5, ("model is given twice", "first on line 2")),
-    "alias": Broken(HEAD + "train:\n  data: [{path: &p a.jsonl}]\nstorage: *p\n", 5, ("storage", "alias *p", "write the value out")),
+    "alias": Broken(
+        HEAD + "train:\n  data: [{path: &p a.jsonl}]\nstorage: *p\n", 5, ("storage", "alias *p", "write the value out")
+    ),
     "alias in a list": Broken(HEAD + "train:\n  data:\n  - &s {path: a}\n  - *s\n", 6, ("train.data.1", "alias *s")),
     "alias bomb": Broken("a: &a [x, x]\nb: &b [*a, *a]\nname: [*b, *b]\n", 2, ("alias *a",)),
     "python tag on a value": Broken(
@@ -61,7 +63,9 @@ BROKEN = {
     "no model": Broken("name: docs\ntrain: {data: [{path: a}]}\n", 1, ("model is missing",)),
     "no stage": Broken(HEAD, 1, ("train is missing", "nothing to run")),
     "no data": Broken(HEAD + "train:\n  max_steps: 5\n", 3, ("train.data is missing", "Where training rows come from")),
-    "unknown key, nearest shown": Broken(TRAIN + "  learning_rat: 1e-4\n", 5, ("train.learning_rat", "did you mean learning_rate?")),
+    "unknown key, nearest shown": Broken(
+        TRAIN + "  learning_rat: 1e-4\n", 5, ("train.learning_rat", "did you mean learning_rate?")
+    ),
     "unknown key in a list item": Broken(
         HEAD + "train:\n  data:\n  - path: a\n  - path: b\n    wieght: 2\n", 7, ("train.data.1.wieght", "did you mean weight?")
     ),
@@ -82,17 +86,25 @@ BROKEN = {
     "overflowing float": Broken(TRAIN + "  learning_rate: 1e999\n", 5, ("train.learning_rate = inf", "finite number")),
     "huge int": Broken(TRAIN + f"  learning_rate: {'9' * 400}\n", 5, ("train.learning_rate = 999", "valid number")),
     "int of 5000 digits": Broken(TRAIN + f"  max_steps: {'9' * 5000}\n", 5, ("train.max_steps = 999", "not readable")),
-    "int beyond 64 bits": Broken("name: docs\nmodel: {base: x}\nserve: {}\nseed: 99999999999999999999\n", 4, ("seed", "less than")),
+    "int beyond 64 bits": Broken(
+        "name: docs\nmodel: {base: x}\nserve: {}\nseed: 99999999999999999999\n", 4, ("seed", "less than")
+    ),
     "too high": Broken(SERVE + "  port: 99999\n", 4, ("serve.port = 99999", "65535")),
-    "mistyped choice": Broken("name: docs\nmodel: {base: x, pooling: maen}\nserve: {}\n", 2, ("'lasttoken'", "did you mean mean?")),
+    "mistyped choice": Broken(
+        "name: docs\nmodel: {base: x, pooling: maen}\nserve: {}\n", 2, ("'lasttoken'", "did you mean mean?")
+    ),
     "wrong choice": Broken(TRAIN + "  deepspeed: {zero_stage: 4}\n", 5, ("train.deepspeed.zero_stage = 4", "0, 1, 2 or 3")),
     "mistyped preset": Broken(TRAIN + "  objective: gril\n", 5, ("train.objective.preset = 'gril'", "did you mean grl?")),
     "number for an objective": Broken(TRAIN + "  objective: 5\n", 5, ("train.objective = 5", "mapping with keys preset")),
     "text for a section": Broken(HEAD + "train: grl\n", 3, ("train = 'grl'", "must be a mapping with keys objective")),
-    "list for a section": Broken(TRAIN + "  workers: [2]\n", 5, ("train.workers = a list of 1", "mapping with keys num_workers")),
+    "list for a section": Broken(
+        TRAIN + "  workers: [2]\n", 5, ("train.workers = a list of 1", "mapping with keys num_workers")
+    ),
     "text for a list": Broken(HEAD + "train:\n  data: pairs.jsonl\n", 4, ("train.data = 'pairs.jsonl'", "must be a list")),
     "mapping for a list": Broken(HEAD + "train:\n  data: {path: a}\n", 4, ("train.data = a mapping of 1", "must be a list")),
-    "text for a list item": Broken(HEAD + "train:\n  data:\n  - path: a\n  - b.jsonl\n", 6, ("train.data.1 = 'b.jsonl'", "keys path")),
+    "text for a list item": Broken(
+        HEAD + "train:\n  data:\n  - path: a\n  - b.jsonl\n", 6, ("train.data.1 = 'b.jsonl'", "keys path")
+    ),
     "empty list": Broken(HEAD + "train: {data: []}\n", 3, ("train.data is an empty list",)),
     "empty text": Broken('name: docs\nmodel: {base: ""}\nserve: {}\n', 2, ("model.base is an empty text",)),
     "number in a list of columns": Broken(
@@ -104,8 +116,12 @@ BROKEN = {
     "secret as a value": Broken(
         SERVE + "  api_keys: sk-live-0815\n", 4, ("serve.api_keys is a secret", "env:NAME or file:PATH"), "sk-live-0815"
     ),
-    "secret as a number": Broken("name: docs\nmodel: {base: x, hub_token: 12345678}\nserve: {}\n", 2, ("a secret",), "12345678"),
-    "secret with a tag": Broken(SERVE + "  api_keys: !!int sk-live-0815\n", 4, ("serve.api_keys is not readable",), "sk-live-0815"),
+    "secret as a number": Broken(
+        "name: docs\nmodel: {base: x, hub_token: 12345678}\nserve: {}\n", 2, ("a secret",), "12345678"
+    ),
+    "secret with a tag": Broken(
+        SERVE + "  api_keys: !!int sk-live-0815\n", 4, ("serve.api_keys is not readable",), "sk-live-0815"
+    ),
     "secret in a list": Broken(SERVE + "  api_keys: [sk-live-0815]\n", 4, ("serve.api_keys is a secret",), "sk-live-0815"),
     "secret in a misplaced section": Broken(HEAD + "serve: [{api_keys: sk-live-0815}]\n", 3, ("a list of 1",), "sk-live-0815"),
     "secret under a mistyped key": Broken(SERVE + "  api_key: sk-live-0815\n", 4, ("did you mean api_keys?",), "sk-live-0815"),
@@ -130,9 +146,13 @@ BROKEN = {
     "generation much longer than the model": Broken(
         TRAIN + "  max_generation_tokens: 9000\n", 5, ("9000 is more than 4 x model.max_tokens = 512",)
     ),
-    "actors min above max": Broken(EMBED + "  actors:\n    max: 2\n    min: 3\n", 7, ("embed.actors.min = 3 is more than max = 2",)),
+    "actors min above max": Broken(
+        EMBED + "  actors:\n    max: 2\n    min: 3\n", 7, ("embed.actors.min = 3 is more than max = 2",)
+    ),
     "replicas min above max": Broken(SERVE + "  replicas: {min: 4}\n", 4, ("serve.replicas.min = 4 is more than max = 1",)),
-    "unknown scheme": Broken(HEAD + "train:\n  data: [{path: gs://b/x}]\n", 4, ("gs://b/x", "unknown scheme gs://", "s3://bucket")),
+    "unknown scheme": Broken(
+        HEAD + "train:\n  data: [{path: gs://b/x}]\n", 4, ("gs://b/x", "unknown scheme gs://", "s3://bucket")
+    ),
     "no bucket": Broken(SERVE + "  port: 1\nstorage: s3://\n", 5, ("storage = s3:// names no bucket",)),
     "run: as storage": Broken(SERVE + "  port: 1\nstorage: run:x\n", 5, ("storage = run:x", "cannot be one itself")),
     "run: path that climbs out": Broken(
@@ -142,18 +162,26 @@ BROKEN = {
         HEAD + "train:\n  data: [{path: run:data/train.jsonl}]\n", 4, ("written by the dataset section", "name: aws_api_docs")
     ),
     "scratch with LoRA": Broken(
-        "name: docs\nmodel: {base: scratch, lora: {rank: 4}}\ntrain: {data: [{path: a}]}\n", 2, ("model.lora", "remove model.lora")
+        "name: docs\nmodel: {base: scratch, lora: {rank: 4}}\ntrain: {data: [{path: a}]}\n",
+        2,
+        ("model.lora", "remove model.lora"),
     ),
-    "scratch never trained": Broken("name: docs\nmodel: {base: scratch}\nserve: {}\n", 2, ("model.base = scratch", "train section")),
+    "scratch never trained": Broken(
+        "name: docs\nmodel: {base: scratch}\nserve: {}\n", 2, ("model.base = scratch", "train section")
+    ),
     "heads that do not divide": Broken(
         "name: docs\nmodel:\n  base: scratch\n  scratch:\n    hidden_size: 100\n    heads: 7\ntrain: {data: [{path: a}]}\n",
         6,
         ("model.scratch.heads = 7 does not divide hidden_size 100", "5 or 10"),
     ),
     "heads of odd width": Broken(
-        "name: docs\nmodel: {base: scratch, scratch: {hidden_size: 12, heads: 4}}\ntrain: {data: [{path: a}]}\n", 2, ("odd width 3",)
+        "name: docs\nmodel: {base: scratch, scratch: {hidden_size: 12, heads: 4}}\ntrain: {data: [{path: a}]}\n",
+        2,
+        ("odd width 3",),
     ),
-    "questions without a server": Broken(EMBED + "search:\n  questions: [why]\n", 6, ("search.questions", "add embed and serve")),
+    "questions without a server": Broken(
+        EMBED + "search:\n  questions: [why]\n", 6, ("search.questions", "add embed and serve")
+    ),
 }
 
 
@@ -184,7 +212,9 @@ def test_broken_file_is_explained_and_exits_with_2(broken: Broken, tmp_path: Pat
     assert broken.never not in result.output
 
 
-@pytest.mark.parametrize("broken", [b for name, b in BROKEN.items() if name != "alias bomb"], ids=[n for n in BROKEN if n != "alias bomb"])
+@pytest.mark.parametrize(
+    "broken", [b for name, b in BROKEN.items() if name != "alias bomb"], ids=[n for n in BROKEN if n != "alias bomb"]
+)
 def test_one_mistake_is_one_problem(broken: Broken, tmp_path: Path) -> None:
     """A mistake must not drag others behind it."""
     path = tmp_path / "job.yaml"
