@@ -124,5 +124,10 @@ def test_dropout_masks_follow_the_row_and_keep_the_right_share() -> None:
     for dim in range(3):
         neighbours = (centred.narrow(dim, 0, mask.shape[dim] - 1) * centred.narrow(dim, 1, mask.shape[dim] - 1)).mean()
         assert abs(float(neighbours)) / 0.21 < 0.02
+    # any two features are dropped independently of each other: 64 x 50 tokens, so chance alone gives about 0.018
+    by_feature = centred.reshape(-1, 64)
+    correlation = torch.corrcoef(by_feature.T) - torch.eye(64)
+    assert correlation.abs().max() < 0.1
+    assert correlation.std() < 0.025
     assert torch.equal(keep_mask(seeds[5:6], 3, 20, 64, 0.3), mask[5:6, :20])  # alone and shorter: the same mask
     assert not torch.equal(keep_mask(seeds[5:6], 4, 20, 64, 0.3), mask[5:6, :20])
