@@ -52,7 +52,9 @@ def passage_logps(lm: Any, batch: GenerationBatch) -> PassageLogps:
     kept = width - int(first_scored.min()) + 1  # logits at t predict token t + 1, so one position before the first
     inputs = forward_inputs(lm, batch.input_ids, batch.attention_mask)
     if accepts(type(lm).forward, "logits_to_keep"):
-        inputs["logits_to_keep"] = kept
+        # As indices and not as a number: a slice of the states is not contiguous, and the head's matmul would then copy its
+        # weight once per row.
+        inputs["logits_to_keep"] = torch.arange(width - kept, width, device=lengths.device)
     logits = lm(**inputs).logits[:, -kept:-1]  # (R, kept - 1, V)
     targets = batch.input_ids[:, width - kept + 1 :]  # (R, kept - 1)
     column = torch.arange(width - kept + 1, width, device=targets.device)  # position of each target

@@ -1,0 +1,126 @@
+"""Which decoder families can be embedders, by experiment: tiny random models of each, loaded as a user's would be.
+
+`python tests/readme.py` writes the table into README.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ullme_ray.errors import ModelError
+from ullme_ray.model.backbone import check_family, load_backbone, load_causal_lm
+from ullme_ray.model.encode import encode_batch, pad_batch
+from ullme_ray.model.two_pass import GenerationBatch, passage_logps
+from ullme_ray.spec.job import ModelSpec
+
+VOCAB = 128
+_COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB}
+_KV = {"num_key_value_heads": 2}
+_HEAD = {"head_dim": 8}
+# family: (config values, attention backend that `auto` must end with, or the words of its refusal)
+FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+    "llama": (_COMMON | _KV, "sdpa"),
+    "mistral": (_COMMON | _KV, "sdpa"),
+    "phi": (_COMMON, "sdpa"),
+    "phi3": (_COMMON | _KV, "sdpa"),
+    "qwen2": (_COMMON | _KV, "sdpa"),
+    "qwen3": (_COMMON | _KV | _HEAD, "sdpa"),
+    "gemma": (_COMMON | _KV | _HEAD, "sdpa"),
+    "gemma2": (_COMMON | _KV | _HEAD, "eager"),
+    "gemma3_text": (_COMMON | _KV | _HEAD, "sdpa"),
+    "gpt2": (_GPT2, "sdpa"),
+    "gpt_neox": (_COMMON, "sdpa"),
+    "olmo2": (_COMMON | _KV, "sdpa"),
+    "smollm3": (_COMMON | _KV, "sdpa"),
+    "starcoder2": (_COMMON | _KV, "sdpa"),
+    "mixtral": (_COMMON | _KV | {"num_local_experts": 2}, "sdpa"),
+    "granite": (_COMMON | _KV, "sdpa"),
+    "opt": (_COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 32}, "sdpa"),
+    "cohere": (_COMMON | _KV, "sdpa"),
+    "stablelm": (_COMMON | _KV, "eager"),
+    "nemotron": (_COMMON | _KV, "eager"),
+    "falcon": (_COMMON, "ignores is_causal=False"),
+    "bloom": (_COMMON | {"n_head": 4, "n_layer": 2}, "ignores is_causal=False"),
+    "gptj": (_GPT2 | {"rotary_dim": 4}, "ignores is_causal=False"),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB}, "ignores is_causal=False"),
+}
+
+
+def make_config(family: str) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, **FAMILIES[family][0])
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    return config
+
+
+def save_tiny(family: str, folder: Path) -> str:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(make_config(family)).save_pretrained(folder)
+    return str(folder)
+
+
+def outcome(family: str) -> str:
+    """The backend that passed, or the refusal."""
+    try:
+        return check_family(make_config(family), ModelSpec(base=family))
+    except ModelError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("family", [f for f, (_, end) in FAMILIES.items() if end in ("sdpa", "eager")])
+def test_family_embeds_alike_in_any_batch_and_scores_causally(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, tmp_path)
+    spec = ModelSpec(base=folder)
+    backbone = load_backbone(folder, spec)
+    assert backbone.config._attn_implementation == FAMILIES[family][1]
+    ids = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]
+    for pooling in ("mean", "lasttoken"):
+        with torch.inference_mode():
+            together = encode_batch(backbone, pad_batch(ids, 0, 0), pooling)
+            alone = torch.cat([encode_batch(backbone, pad_batch([row], 0, 0), pooling) for row in ids])
+        assert (together * alone).sum(dim=1).min() >= 0.999999
+    # The generate pass scores the passage's tokens only: the same sum as token by token from whole logits.
+    lm = load_causal_lm(folder, spec)
+    batch = pad_batch(ids, 0, 0)
+    lengths = [3, 1, 2]
+    with torch.inference_mode():
+        got = passage_logps(lm, GenerationBatch(batch.input_ids, batch.attention_mask, torch.tensor(lengths)))
+        for row, row_ids in enumerate(ids):
+            logps = lm(input_ids=torch.tensor([row_ids]), use_cache=False).logits[0].log_softmax(dim=-1)
+            first = len(row_ids) - lengths[row]
+            total = sum(logps[t - 1, row_ids[t]] for t in range(first, len(row_ids)))
+            assert float(got.total[row]) == pytest.approx(float(total), rel=1e-4)
+            assert float(got.mean[row]) == pytest.approx(float(total) / lengths[row], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", [f for f, (_, end) in FAMILIES.items() if end not in ("sdpa", "eager")])
+def test_family_that_cannot_attend_both_ways_is_refused_by_name(family: str, tmp_path: Path) -> None:
+    words = f"model family {family} .*{FAMILIES[family][1]}"
+    with pytest.raises(ModelError, match=words):
+        load_backbone(save_tiny(family, tmp_path), ModelSpec(base="x"))
+    with pytest.raises(ModelError, match=words):
+        check_family(make_config(family), ModelSpec(base="x"))
+
+
+@pytest.mark.parametrize("family", [f for f, (_, end) in FAMILIES.items() if end in ("sdpa", "eager")])
+def test_check_family_agrees_with_loading(family: str) -> None:
+    assert outcome(family) == FAMILIES[family][1]
+
+
+def families_table() -> str:
+    """The README table, measured anew."""
+    lines = ["| family | bidirectional embedding |", "| --- | --- |"]
+    for family, (_, end) in FAMILIES.items():
+        backend = outcome(family)
+        verdict = f"yes, {backend} attention" if backend in ("sdpa", "eager") else f"refused: {end}"
+        lines.append(f"| {family} | {verdict} |")
+    return "\n".join(lines)
