@@ -56,7 +56,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     )
     num_parameters = _non_embedding_parameters(module.causal_lm)
     engine = DeepSpeedEngine(module, job, world_size)
-    peak = peak_flops(engine.device) * world_size
+    peak = peak_flops(engine.device, DTYPES[job.model.dtype]) * world_size
 
     # Resume
     steps_done = load_checkpoint(engine, job)

@@ -19,15 +19,15 @@ from ullme_ray import storage
 _GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "B200": 2250e12}
 
 
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s of the device: the data sheet's for a known GPU, else measured with a square matrix product."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the device: the data sheet's for a known GPU, else measured with a square matrix product of `dtype`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, peak in _GPU_PEAKS.items():
             if key in name:
                 return peak
     size, repeats = 1024, 5
-    a = torch.randn(size, size, device=device)
+    a = torch.randn(size, size, device=device).to(dtype)
     a @ a
     best = float("inf")
     for _ in range(repeats):
