@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ullme_ray.errors import StorageError
+
+_COPY_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -106,19 +109,8 @@ def write_bytes(path: str, data: bytes) -> None:
         if is_remote(path):
             filesystem(path).pipe_file(path, data)
             return
-        folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        with _new_local_file(path) as stream:
+            stream.write(data)
 
 
 def write_text(path: str, text: str) -> None:
@@ -131,15 +123,29 @@ def put_file(local: str | Path, path: str) -> None:
         if is_remote(path):
             filesystem(path).put_file(str(local), path)
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{os.getpid()}.tmp"
-        try:
-            shutil.copyfile(local, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        with open(local, "rb") as source, _new_local_file(path) as stream:
+            shutil.copyfileobj(source, stream, _COPY_BYTES)
+
+
+@contextlib.contextmanager
+def _new_local_file(path: str) -> Iterator[IO[bytes]]:
+    """A stream whose content stands at `path` once the block ends well; any number of processes and threads may write one path.
+
+    The content is on disk before the name is: a crash of the machine cannot leave a name without its content.
+    """
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"  # not mkstemp: its files are closed to all other users
+    try:
+        with open(temporary, "xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 def put_folder(local: str | Path, path: str) -> None:
@@ -157,9 +163,10 @@ def list_files(pattern: str) -> list[FileInfo]:
     """
     with _explained("list", pattern):
         if not is_remote(pattern):
-            names = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern]
+            # A name that exists is that name, whatever characters it has; only then may `[`, `*`, `?` mean more.
+            names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
             found = [f for name in names for f in ([name] if os.path.isfile(name) else _walk(name))]
-            infos = [_local_info(name) for name in dict.fromkeys(found)]
+            infos = [info for name in dict.fromkeys(found) if (info := _local_info(name)) is not None]
         else:
             store = filesystem(pattern)
             if glob.has_magic(pattern):
@@ -174,8 +181,13 @@ def _walk(folder: str) -> list[str]:
     return [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
 
 
-def _local_info(name: str) -> FileInfo:
-    stat = os.stat(name)
+def _local_info(name: str) -> FileInfo | None:
+    try:
+        stat = os.stat(name)
+    except FileNotFoundError:
+        if os.path.islink(name):
+            raise  # a link to nothing is no file that vanished
+        return None  # removed by another process since it was listed
     return FileInfo(os.path.abspath(name), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
 
 
@@ -189,7 +201,9 @@ def remove(path: str) -> None:
     """Removes a file, or a folder with all below it; a missing one is no error."""
     with _explained("remove", path):
         if not is_remote(path):
-            shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+            while os.path.lexists(path):
+                with contextlib.suppress(FileNotFoundError):  # another process may be removing the same
+                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
             return
         store = filesystem(path)
         for name in store.find(path):  # one by one: some stores refuse bulk deletes without Content-MD5
