@@ -8,6 +8,14 @@ from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
 from ullme_ray.errors import StorageError
+from ullme_ray.spec.job import EmbedInputSpec
+
+PROVENANCE_KEY = b"ullme_ray"  # of a part's schema metadata: JSON that names job, model fingerprint, input file and software
+
+
+def id_column(spec: EmbedInputSpec) -> str:
+    """The name of the id column in the table."""
+    return spec.id or "id"
 
 
 def open_table(path: str) -> DeltaTable:

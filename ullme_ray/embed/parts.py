@@ -22,8 +22,8 @@ from ullme_ray.embed.reading import kept_columns
 from ullme_ray.embed.units import InputFile, Unit
 from ullme_ray.errors import EmbedError
 from ullme_ray.spec.job import EmbedInputSpec
+from ullme_ray.table import PROVENANCE_KEY
 
-PROVENANCE_KEY = b"ullme_ray"
 DEAD_LETTERS = "_dead_letters"  # readers of Delta tables and its vacuum leave folders with an underscore alone
 _LAYOUT = 1  # raised when the columns or the meaning of a part change
 _NAME = re.compile(r"(part|dead)-([0-9a-f]{16})-(\d+)-(\d+)-([0-9a-f]{16})\.parquet")

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from ullme_ray import storage
 from ullme_ray.errors import EmbedError, StorageError
 from ullme_ray.spec.job import EmbedInputSpec
+from ullme_ray.table import id_column
 
 if TYPE_CHECKING:
     from ullme_ray.embed.units import InputFile, Unit
@@ -47,11 +48,6 @@ class UnitRows:
 
 class _BadRowError(Exception):
     """A row that goes to the dead letters; its message is the reason."""
-
-
-def id_column(spec: EmbedInputSpec) -> str:
-    """The name of the id column in the table."""
-    return spec.id or "id"
 
 
 def kept_columns(spec: EmbedInputSpec) -> list[str]:
@@ -102,7 +98,10 @@ def column_types(file: InputFile, spec: EmbedInputSpec) -> pa.Schema:
                 f"embed.input.text names column {name}, which is {kind} and not text in {file.path}; choose a text column"
             )
     return pa.schema(
-        [(name, pa.string() if spec.id is None and name == "id" else _storable(schema.field(name).type)) for name in names]
+        [
+            (name, pa.string() if spec.id is None and name == id_column(spec) else _storable(schema.field(name).type))
+            for name in names
+        ]
     )
 
 

@@ -21,7 +21,7 @@ from ullme_ray.model import open_encoder
 from ullme_ray.model.encoder import Encoder, Which
 from ullme_ray.model.tokenizing import PromptName
 from ullme_ray.progress import Progress
-from ullme_ray.spec import JobSpec, RunFolder
+from ullme_ray.spec import JobSpec, absolute_paths
 
 CHUNK_TEXTS = 256
 MAX_CPU_ACTORS = 4  # every actor holds the whole model
@@ -60,7 +60,7 @@ class EncoderPool:
         self._fingerprint = fingerprint
         options = _actor_options(num_chunks=-(-num_texts // CHUNK_TEXTS))
         actor_class = ray.remote(max_restarts=2, max_task_retries=2)(_EncodeActor)
-        located = _with_absolute_paths(job)
+        located = absolute_paths(job)
         self._actors: list[Any] = [
             actor_class.options(**reserved).remote(located, which, None if "num_gpus" in reserved else "cpu")
             for reserved in options
@@ -138,11 +138,3 @@ def _free(resource: str, wanted: int) -> float:
     while (free := float(ray.available_resources().get(resource, 0.0))) < wanted and time.monotonic() < deadline:
         time.sleep(0.2)
     return free
-
-
-def _with_absolute_paths(job: JobSpec) -> JobSpec:
-    """The same job for a process with another working folder."""
-    storage_root = RunFolder.of(job).root.removesuffix(f"/{job.name}")
-    base = os.path.expanduser(job.model.base)
-    model = job.model.model_copy(update={"base": os.path.abspath(base)}) if os.path.isdir(base) else job.model
-    return job.model_copy(update={"storage": storage_root, "model": model})

@@ -6,7 +6,6 @@ Streams the table part by part, so it may be larger than memory; a search costs 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,9 @@ from ullme_ray.evaluate import topk
 from ullme_ray.model import open_encoder
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import EmbedSpec
-from ullme_ray.table import open_table
+from ullme_ray.table import PROVENANCE_KEY, id_column, open_table
 
 EMBEDDING_COLUMN = "embedding"
-PROVENANCE_KEY = b"ullme_ray"  # of a part's schema: JSON that names the model's fingerprint
 BATCH_ROWS = 16_384
 REQUEST_TIMEOUT_S = 60.0
 
@@ -75,10 +73,8 @@ def _ask_model(job: JobSpec, question: str) -> _Question:
 
 
 def _ask_server(job: JobSpec, question: str, url: str) -> _Question:
-    headers = {}
-    if job.serve and job.serve.api_keys:
-        first_key = re.split(r"[\n,]", job.serve.api_keys.reveal().get_secret_value())[0].strip()
-        headers["authorization"] = f"Bearer {first_key}"
+    keys = job.serve.api_keys.reveal_list() if job.serve and job.serve.api_keys else []
+    headers = {"authorization": f"Bearer {keys[0].get_secret_value()}"} if keys else {}
     body = {"model": job.name, "input": question, "input_type": "query"}
     use_proxies = httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1")
     with httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=use_proxies) as client:
@@ -143,9 +139,9 @@ def _vectors(column: pa.Array) -> np.ndarray:
 
 
 def _read_hit(part: Any, row: int, score: float, embed: EmbedSpec) -> Hit:
-    id_column = embed.input.id or "id"
-    names = [name for name in (id_column, *embed.input.columns) if name in part.physical_schema.names]
-    if id_column not in names:
-        raise EmbedError(f"the table has no column {id_column} (embed.input.id); run `ullme-ray embed` on this job again")
+    id_name = id_column(embed.input)
+    names = [name for name in (id_name, *embed.input.columns) if name in part.physical_schema.names]
+    if id_name not in names:
+        raise EmbedError(f"the table has no column {id_name} (embed.input.id); run `ullme-ray embed` on this job again")
     (values,) = part.take(pa.array([row]), columns=names).to_pylist()
-    return Hit(values.pop(id_column), score, values)
+    return Hit(values.pop(id_name), score, values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import re
 
 from ullme_ray.errors import ServeError
 from ullme_ray.spec.secrets import SecretRef
@@ -26,8 +25,7 @@ class KeyRing:
         self._required = reference is not None
         self._hashes: list[bytes] = []
         if reference is not None:
-            keys = [key.strip() for key in re.split(r"[\n,]", reference.reveal().get_secret_value())]
-            self._hashes = [self._hash(key.encode()) for key in keys if key]
+            self._hashes = [self._hash(key.get_secret_value().encode()) for key in reference.reveal_list()]
             if not self._hashes:
                 raise ServeError(f"serve.api_keys = {reference.reference} holds no key; write one per line")
 

@@ -114,7 +114,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
 
 def learning_rate_at(step: int, train: TrainSpec) -> float:
     """Learning rate of a step (from 0): linear warm-up to the peak, then the schedule. A function of the step: no state."""
-    warmup = math.ceil(train.warmup_ratio * train.max_steps)
+    warmup = train.warmup_steps
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, train.max_steps - warmup)
