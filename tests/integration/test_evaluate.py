@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 
 from ullme_ray import storage
 from ullme_ray.errors import DataError, ModelError
@@ -71,24 +73,40 @@ def test_report_holds_the_measures_of_a_plain_search(job, monkeypatch):
     assert "20 queries, 120 passages" in report.to_text()
 
 
+def test_the_model_before_and_after_training_is_measured_in_the_same_actors(job, tiny_base):
+    train = {"objective": "cl", "data": [{"path": "run:data/train.jsonl"}]}
+    trained_job = JobSpec.model_validate({**job.model_dump(), "train": train})
+    export = Path(RunFolder.of(job).export)
+    shutil.copytree(tiny_base, export)
+    weights = load_file(export / "model.safetensors")
+    save_file({name: weight.flip(0).contiguous() for name, weight in weights.items()}, export / "model.safetensors")
+    (export / "modules.json").write_text("[]")
+    (scores,) = run_evaluate(trained_job).sets
+    base, trained, _ = scores.models
+    assert (base.model, trained.model) == ("base", "trained")
+    assert base.measures == pytest.approx(expected_measures(job), abs=1e-6)
+    assert trained.measures == pytest.approx(expected_measures(trained_job), abs=1e-6)
+    assert base.measures != trained.measures
+
+
 def test_a_rerun_encodes_nothing_and_another_model_or_set_does(job, tiny_base, tmp_path, monkeypatch):
     first = run_evaluate(job, models=("base",))
-    real_pool, started = encoding.EncoderPool, []
+    real_load, loaded = encoding.EncoderPool.load, []
 
-    def counted(*arguments: object, **options: object) -> encoding.EncoderPool:
-        started.append(arguments)
-        return real_pool(*arguments, **options)  # type: ignore[arg-type]
+    def counted(pool: encoding.EncoderPool, which: encoding.Which, fingerprint: str) -> None:
+        loaded.append(fingerprint)
+        real_load(pool, which, fingerprint)
 
-    monkeypatch.setattr("ullme_ray.evaluate.run.EncoderPool", counted)
+    monkeypatch.setattr(encoding.EncoderPool, "load", counted)
     assert run_evaluate(job, models=("base",)) == first
-    assert started == []
+    assert loaded == []
     other_pooling = make_job(tiny_base, str(tmp_path), pooling="lasttoken")
     assert run_evaluate(other_pooling, models=("base",)) != first
-    assert len(started) == 1
+    assert len(loaded) == 1
     queries = Path(RunFolder.of(job).data) / "heldout" / "queries.jsonl"
     queries.write_text(queries.read_text().replace("AWS", "Aws"))
     run_evaluate(job, models=("base",))
-    assert len(started) == 2
+    assert len(loaded) == 2
 
 
 def test_the_same_passage_twice_is_found_twice(job):
@@ -122,9 +140,10 @@ def test_a_killed_actor_costs_nothing_but_time(job, monkeypatch):
     monkeypatch.setattr(encoding, "MAX_CPU_ACTORS", 2)
     texts = [f"a bucket with {number} objects and a policy" for number in range(300)]
     with (
-        encoding.EncoderPool(job, "base", fingerprint=encoder_fingerprint(job), num_texts=len(texts)) as pool,
+        encoding.EncoderPool(job, num_texts=len(texts)) as pool,
         Progress("test", len(texts)) as progress,
     ):
+        pool.load("base", encoder_fingerprint(job))
         vectors = np.zeros((len(texts), 32), np.float32)
         for chunk, (rows, found) in enumerate(pool.encode(texts, "passage", progress)):
             vectors[rows] = found
@@ -136,19 +155,15 @@ def test_a_killed_actor_costs_nothing_but_time(job, monkeypatch):
 
 def test_errors_inside_actors_arrive_as_they_were_raised(job, tmp_path):
     fingerprint = encoder_fingerprint(job)
-    with (
-        encoding.EncoderPool(job, "base", fingerprint="0" * 64, num_texts=1) as pool,
-        Progress("test", 1) as progress,
-        pytest.raises(ModelError, match=f"loads another model .*{fingerprint[:12]}"),
-    ):
-        list(pool.encode(["a"], "passage", progress))
+    with encoding.EncoderPool(job, num_texts=1) as pool, Progress("test", 1) as progress:
+        pool.load("base", "0" * 64)
+        with pytest.raises(ModelError, match=f"loads another model .*{fingerprint[:12]}"):
+            list(pool.encode(["a"], "passage", progress))
     missing = make_job(str(tmp_path / "gone"), str(tmp_path))
-    with (
-        encoding.EncoderPool(missing, "base", fingerprint=fingerprint, num_texts=1) as pool,
-        Progress("test", 1) as progress,
-        pytest.raises(ModelError, match=r"model\.base = .*gone is not a folder"),
-    ):
-        list(pool.encode(["a"], "passage", progress))
+    with encoding.EncoderPool(missing, num_texts=1) as pool, Progress("test", 1) as progress:
+        pool.load("base", fingerprint)
+        with pytest.raises(ModelError, match=r"model\.base = .*gone is not a folder"):
+            list(pool.encode(["a"], "passage", progress))
 
 
 def test_the_whole_stage_on_s3(s3, tiny_base):

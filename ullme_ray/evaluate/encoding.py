@@ -30,50 +30,71 @@ NOTE_AFTER_S = 30.0
 
 
 class _EncodeActor:
-    """Holds one encoder. Opened on first use, so that Ray can restart it after a crash."""
+    """Holds one encoder at a time. Every call names the model it wants, so that Ray can restart the actor after a crash."""
 
-    def __init__(self, job: JobSpec, which: Which, device: str | None) -> None:
-        self._job, self._which, self._device = job, which, device
+    def __init__(self, job: JobSpec, device: str | None) -> None:
+        self._job, self._device = job, device
+        self._which: Which | None = None
         self._encoder: Encoder | None = None
 
-    def open(self) -> str:
-        """Loads the model and tells its fingerprint."""
-        if self._encoder is None:
-            self._encoder = open_encoder(self._job, which=self._which, device=self._device)
-        return self._encoder.fingerprint
+    def load(self, which: Which) -> str:
+        """Loads a model in place of the one before and tells its fingerprint."""
+        return self._open(which).fingerprint
 
-    def encode(self, texts: list[str], prompt: PromptName) -> np.ndarray:
-        self.open()
-        assert self._encoder is not None
-        return self._encoder.encode(texts, prompt)
+    def encode(self, which: Which, texts: list[str], prompt: PromptName) -> np.ndarray:
+        return self._open(which).encode(texts, prompt)
+
+    def _open(self, which: Which) -> Encoder:
+        if self._encoder is None or self._which != which:
+            self._encoder = None  # its memory goes first
+            self._encoder, self._which = open_encoder(self._job, which=which, device=self._device), which
+        return self._encoder
 
 
 class EncoderPool:
-    """Actors with one model each; ends them when the `with` block is left.
+    """Actors that encode with one model after another, for starting a process costs more than loading a small model.
+
+    The first `load` starts them; leaving the `with` block ends them.
 
     Args:
-        fingerprint: of the model that the caller means; an actor that loads another one is an error.
-        num_texts: about how many texts will come; few texts start few actors.
+        num_texts: about how many texts will come for one model; few texts start few actors.
     """
 
-    def __init__(self, job: JobSpec, which: Which, *, fingerprint: str, num_texts: int) -> None:
-        self._fingerprint = fingerprint
-        options = _actor_options(num_chunks=-(-num_texts // CHUNK_TEXTS))
-        actor_class = ray.remote(max_restarts=2, max_task_retries=2)(_EncodeActor)
-        located = absolute_paths(job)
-        self._actors: list[Any] = [
-            actor_class.options(**reserved).remote(located, which, None if "num_gpus" in reserved else "cpu")
-            for reserved in options
-        ]
-        self._opening: dict[Any, Any] = {actor.open.remote(): actor for actor in self._actors}
+    def __init__(self, job: JobSpec, *, num_texts: int) -> None:
+        self._job = job
+        self._num_texts = num_texts
+        self._actors: list[Any] = []
+        self._loading: dict[Any, Any] = {}
         self._idle: list[Any] = []
 
     def __enter__(self) -> EncoderPool:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for actor in self._actors:
+        for actor in self._idle:
             ray.kill(actor)
+        # One in the middle of a call ends after it: killing it would make Ray tell the user that it tries the call again.
+        self._actors, self._idle, self._loading = [], [], {}
+
+    def load(self, which: Which, fingerprint: str) -> None:
+        """Makes this the model of all later calls.
+
+        Args:
+            fingerprint: of the model that the caller means; an actor that loads another one is an error.
+        """
+        if not self._actors:
+            self._start()
+        self._which, self._fingerprint = which, fingerprint
+        self._loading = {actor.load.remote(which): actor for actor in self._actors}
+        self._idle = []
+
+    def _start(self) -> None:
+        actor_class = ray.remote(max_restarts=2, max_task_retries=2)(_EncodeActor)
+        located = absolute_paths(self._job)
+        self._actors = [
+            actor_class.options(**reserved).remote(located, None if "num_gpus" in reserved else "cpu")
+            for reserved in _actor_options(num_chunks=-(-self._num_texts // CHUNK_TEXTS))
+        ]
 
     def encode(self, texts: Sequence[str], prompt: PromptName, progress: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(row numbers into `texts`, their vectors), chunk by chunk, in any order; chunks are of texts of like length.
@@ -87,20 +108,20 @@ class EncoderPool:
         while chunks or running:
             while chunks and self._idle:
                 actor, rows = self._idle.pop(), chunks.popleft()
-                running[actor.encode.remote([texts[row] for row in rows], prompt)] = actor, rows
-            done, _ = ray.wait([*running, *self._opening], num_returns=1, timeout=NOTE_AFTER_S)
+                running[actor.encode.remote(self._which, [texts[row] for row in rows], prompt)] = actor, rows
+            done, _ = ray.wait([*running, *self._loading], num_returns=1, timeout=NOTE_AFTER_S)
             if not done and not running:
                 progress.note("still loading the model, or waiting for the cluster to place its first actor")
             for reference in done:
-                if reference in self._opening:
-                    self._opened(self._opening.pop(reference), _get(reference))
+                if reference in self._loading:
+                    self._loaded(self._loading.pop(reference), _get(reference))
                 else:
                     actor, rows = running.pop(reference)
                     vectors = _get(reference)
                     self._idle.append(actor)
                     yield rows, vectors
 
-    def _opened(self, actor: Any, fingerprint: str) -> None:
+    def _loaded(self, actor: Any, fingerprint: str) -> None:
         if fingerprint != self._fingerprint:
             raise ModelError(
                 f"a Ray worker loads another model (fingerprint {fingerprint[:12]}) than this machine "

@@ -59,7 +59,9 @@ def run_evaluate(job: JobSpec, *, models: Sequence[ModelName] | None = None) -> 
     chosen = models if models is not None else models_of(job)
     # Of all models first, so that one that is missing is an error before long work.
     fingerprints = {model: _fingerprint(job, model) for model in chosen}
-    found = {model: _measure(job, model, fingerprints[model], local_sets) for model in chosen}
+    num_texts = sum(len(local_set.queries) + len(local_set.passages) for local_set in local_sets)
+    with EncoderPool(job, num_texts=num_texts) as pool:
+        found = {model: _measure(job, model, fingerprints[model], local_sets, pool) for model in chosen}
     report = EvaluationReport(
         job=job.name,
         sets=tuple(
@@ -95,12 +97,14 @@ def _fingerprint(job: JobSpec, model: ModelName) -> str:
     return bm25.FINGERPRINT if model == "bm25" else encoder_fingerprint(job, which=model)
 
 
-def _measure(job: JobSpec, model: ModelName, fingerprint: str, local_sets: Sequence[LocalSet]) -> list[ModelScores]:
-    """One model on all sets: kept results where there are any, else one pool of encoders for what is left."""
+def _measure(
+    job: JobSpec, model: ModelName, fingerprint: str, local_sets: Sequence[LocalSet], pool: EncoderPool
+) -> list[ModelScores]:
+    """One model on all sets: kept results where there are any; only what is left is encoded."""
     results = [_ResultFile(job, fingerprint, local_set) for local_set in local_sets]
     per_query = [result.read() for result in results]
     missing = [position for position, known in enumerate(per_query) if known is None]
-    runs = _runs(job, model, fingerprint, [local_sets[position] for position in missing])
+    runs = _runs(job, model, fingerprint, [local_sets[position] for position in missing], pool)
     for position, run in zip(missing, runs):
         scores = score_run(local_sets[position].qrels, run, _measures(job))
         results[position].write(scores)
@@ -113,7 +117,7 @@ def _measures(job: JobSpec) -> list[str]:
     return [f"ndcg@{k}", f"recall@{k}", f"mrr@{k}"]
 
 
-def _runs(job: JobSpec, model: ModelName, fingerprint: str, local_sets: Sequence[LocalSet]) -> Iterator[Run]:
+def _runs(job: JobSpec, model: ModelName, fingerprint: str, local_sets: Sequence[LocalSet], pool: EncoderPool) -> Iterator[Run]:
     """The model's ranking of every set, one after the other."""
     if not local_sets:
         return
@@ -122,12 +126,11 @@ def _runs(job: JobSpec, model: ModelName, fingerprint: str, local_sets: Sequence
         for local_set in local_sets:
             yield bm25.bm25_run(local_set.queries, local_set.passages, k)
         return
-    num_texts = sum(len(local_set.queries) + len(local_set.passages) for local_set in local_sets)
-    with EncoderPool(job, model, fingerprint=fingerprint, num_texts=num_texts) as pool:
-        for local_set in local_sets:
-            total = len(local_set.queries) + len(local_set.passages)
-            with Progress(f"evaluate {model}", total, unit="texts") as progress:
-                yield _dense_run(pool, local_set, k, progress)
+    pool.load(model, fingerprint)
+    for local_set in local_sets:
+        total = len(local_set.queries) + len(local_set.passages)
+        with Progress(f"evaluate {model}", total, unit="texts") as progress:
+            yield _dense_run(pool, local_set, k, progress)
 
 
 def _dense_run(pool: EncoderPool, local_set: LocalSet, k: int, progress: Progress) -> Run:
