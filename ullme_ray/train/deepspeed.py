@@ -23,14 +23,16 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 def engine_config(job: JobSpec, world_size: int) -> dict[str, Any]:
     """DeepSpeed's config for a job; what it does not hold is left to DeepSpeed's defaults."""
     assert job.train is not None
+    stage, dtype = job.train.deepspeed.zero_stage, job.model.dtype
     return {
         "train_micro_batch_size_per_gpu": job.train.global_batch_size // world_size,  # not used: chunking is ours
         "gradient_accumulation_steps": 1,
         "gradient_clipping": job.train.max_grad_norm,  # always written: DeepSpeed's default clips to 1.0
-        "zero_optimization": {"stage": job.train.deepspeed.zero_stage, "overlap_comm": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": job.model.dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        # The chunks' gradients are summed in fp32, except under ZeRO 0, where DeepSpeed only sums in the dtype of the weights.
+        "data_types": {"grad_accum_dtype": "bf16" if stage == 0 and dtype == "bfloat16" else "fp32"},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
