@@ -148,11 +148,19 @@ def _new_local_file(path: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def put_folder(local: str | Path, path: str) -> None:
-    """Publishes every file of a local folder below `path`, one by one, in name order."""
-    files = sorted(file for file in Path(local).rglob("*") if file.is_file())
-    for file in files:
-        put_file(file, join(path, file.relative_to(local).as_posix()))
+def put_folder(local: str | Path, path: str, *, last: str | None = None) -> None:
+    """Publishes every file of a local folder below `path`, one by one.
+
+    Args:
+        last: name of the file whose presence means that the folder is complete: removed first and put back last.
+    """
+    names = sorted(file.relative_to(local).as_posix() for file in Path(local).rglob("*") if file.is_file())
+    if last is not None:
+        names.remove(last)
+        names.append(last)
+        remove(join(path, last))
+    for name in names:
+        put_file(Path(local) / name, join(path, name))
 
 
 def list_files(pattern: str) -> list[FileInfo]:

@@ -129,3 +129,28 @@ def test_two_threads_may_remove_the_same_folder(tmp_path: Path) -> None:
             thread.join()
         assert not (tmp_path / "folder").exists()
     assert errors == []
+
+
+def test_folder_counts_as_complete_only_with_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local, target = tmp_path / "local", tmp_path / "target"
+    for name in ("a/config.json", "modules.json", "tokenizer.json"):
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_text("new")
+    (target / "a").mkdir(parents=True)
+    (target / "modules.json").write_text("old")
+    put_file = storage.put_file
+    marked: list[bool] = []
+
+    def watched(source: str | Path, path: str) -> None:
+        marked.append((target / "modules.json").exists())
+        put_file(source, path)
+
+    monkeypatch.setattr(storage, "put_file", watched)
+    storage.put_folder(local, str(target), last="modules.json")
+    assert marked == [False, False, False]
+    assert sorted(f.path.removeprefix(f"{target}/") for f in storage.list_files(str(target))) == [
+        "a/config.json",
+        "modules.json",
+        "tokenizer.json",
+    ]
+    assert (target / "modules.json").read_text() == "new"

@@ -103,9 +103,9 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
                 report(record)
 
             if (step + 1) % train.checkpoint_every_steps == 0 or step + 1 == train.max_steps:
-                save_checkpoint(engine, job, step + 1)
                 if log is not None:
-                    log.flush()
+                    log.flush()  # first: a resumed run drops records after its checkpoint, but cannot make up missing ones
+                save_checkpoint(engine, job, step + 1)
 
     if log is not None:
         log.close()
@@ -146,8 +146,7 @@ def _export(engine: DeepSpeedEngine, job: JobSpec) -> None:
         }
         tokenizer = open_tokenizer(job, which="base").hf
         export_encoder(backbone, tokenizer, job, f"{local}/model", training=training)
-        storage.remove(storage.join(run.export, "modules.json"))  # first gone, last back: marks a complete export
-        storage.put_folder(f"{local}/model", run.export)
+        storage.put_folder(f"{local}/model", run.export, last="modules.json")
 
 
 def _non_embedding_parameters(lm: Any) -> int:
