@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 
 from ullme_ray import storage
+from ullme_ray.errors import ModelError
 from ullme_ray.model.scratch import build_scratch
 from ullme_ray.pairs import read_sources
 from ullme_ray.spec.job import JobSpec
@@ -18,11 +20,19 @@ def ensure_base(job: JobSpec) -> None:
 
     Raises:
         DataError: the training rows it learns its vocabulary from cannot be read.
+        ModelError: the run's folder holds a scratch model of another shape, length or seed.
     """
     if job.model.base != "scratch" or job.train is None:
         return
     folder = RunFolder.of(job).base
-    if storage.exists(storage.join(folder, "ready")):
+    ready = storage.join(folder, "ready.json")
+    wanted = {"scratch": job.model.scratch.model_dump(mode="json"), "max_tokens": job.model.max_tokens, "seed": job.seed}
+    if storage.exists(ready):
+        if json.loads(storage.read_text(ready)) != wanted:
+            raise ModelError(
+                f"{folder} holds a scratch model made with other values of model.scratch, model.max_tokens or seed; "
+                f"put them back, remove that folder, or give the job another name"
+            )
         return
     texts: list[str] = []
     for source in read_sources(job):
@@ -31,4 +41,4 @@ def ensure_base(job: JobSpec) -> None:
     with tempfile.TemporaryDirectory() as local:
         build_scratch(texts, job.model.scratch, max_tokens=job.model.max_tokens, seed=job.seed, folder=local)
         storage.put_folder(local, folder)
-    storage.write_text(storage.join(folder, "ready"), "")  # last, so that a half-written folder is made again
+    storage.write_text(ready, json.dumps(wanted))  # last, so that a half-written folder is made again

@@ -46,9 +46,17 @@ class Checkpoint:
 def list_checkpoints(job: JobSpec) -> list[Checkpoint]:
     """Complete checkpoints, oldest first."""
     found = []
-    for file in storage.list_files(storage.join(RunFolder.of(job).checkpoints, "*", _MANIFEST)):
-        manifest = json.loads(storage.read_text(file.path))
-        found.append(Checkpoint(file.path.removesuffix("/" + _MANIFEST), int(manifest["step"]), manifest))
+    for file in storage.list_files(RunFolder.of(job).checkpoints):
+        path, _, name = file.path.rpartition("/")
+        if name != _MANIFEST:
+            continue
+        try:
+            manifest = json.loads(storage.read_text(file.path))
+            found.append(Checkpoint(path, int(manifest["step"]), manifest))
+        except FileNotFoundError:
+            continue  # another process is removing this checkpoint
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainingError(f"{file.path} is damaged ({error}); remove {path} to resume from the one before") from error
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 

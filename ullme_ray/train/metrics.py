@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -47,13 +48,21 @@ def step_flops(num_parameters: int, encode_tokens: int, generate_tokens: int) ->
     return 3 * 2 * num_parameters * (encode_tokens + generate_tokens)
 
 
+def _step_of(line: str) -> float:
+    """The step a line of train.jsonl is about; for a line that a crash cut off, after all steps, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 class MetricsLog:
     """`train.jsonl` and TensorBoard events in the run's metrics folder. On resume, records after the checkpoint are dropped."""
 
     def __init__(self, folder: str, *, steps_done: int) -> None:
         self.folder = folder
         self.path = storage.join(folder, "train.jsonl")
-        self.lines = [line for line in self._existing() if json.loads(line)["step"] <= steps_done]
+        self.lines = [line for line in self._existing() if _step_of(line) <= steps_done]
         remote = storage.is_remote(folder)
         self._events = tempfile.mkdtemp(prefix="ullme-tensorboard-") if remote else os.path.join(folder, "tensorboard")
         if not remote:
@@ -86,7 +95,7 @@ class MetricsLog:
             shutil.rmtree(self._events, ignore_errors=True)
 
     def _existing(self) -> list[str]:
-        return storage.read_text(self.path).splitlines() if storage.exists(self.path) else []
+        return storage.read_bytes(self.path).decode(errors="replace").splitlines() if storage.exists(self.path) else []
 
     def _to_tensorboard(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
