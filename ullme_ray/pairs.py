@@ -118,6 +118,10 @@ def _parse(row: Any) -> Pair | str:
         return positives if isinstance(positives, str) else str(negatives)
     if not positives:
         return "has no positive passage"
+    try:
+        "".join((query, *positives, *negatives)).encode()
+    except UnicodeEncodeError:
+        return "has half a surrogate pair, which no tokenizer takes"
     return Pair(query, positives, tuple(text for text in negatives if text not in positives))
 
 

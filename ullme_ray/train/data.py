@@ -63,7 +63,7 @@ class BatchSampler:
         pair = pairs[self._permutation(source, epoch)[place]]
         generator = np.random.default_rng([self.seed, _PASSAGES, source, position])
         positives = _choose(pair.positives, self.train.positives_per_query, generator)
-        negatives = _choose(pair.negatives, self.train.negatives_per_query, generator) if pair.negatives else []
+        negatives = _choose(pair.negatives, min(self.train.negatives_per_query, len(pair.negatives)), generator)
         while len(negatives) < self.train.negatives_per_query:
             negatives.append(self._other_passage(pairs, pair, generator))
         return Example(row, pair.query, tuple(positives), tuple(negatives))
@@ -81,10 +81,10 @@ class BatchSampler:
     @staticmethod
     def _other_passage(pairs: list[Pair], pair: Pair, generator: np.random.Generator) -> str:
         for _ in range(100):
-            passage = pairs[int(generator.integers(len(pairs)))].positives[0]
-            if passage not in pair.positives:
-                return passage
-        raise DataError("a source repeats one passage so often that no other one was found as negative in 100 draws")
+            other = pairs[int(generator.integers(len(pairs)))]
+            if other.query != pair.query and other.positives[0] not in pair.positives:
+                return other.positives[0]
+        raise DataError("a source repeats one query or passage so often that no other one was found as negative in 100 draws")
 
 
 def _choose(texts: tuple[str, ...], count: int, generator: np.random.Generator) -> list[str]:
