@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,37 @@ def test_generation_tokens_end_with_the_passage(tiny_base: str) -> None:
     assert long.passage_length > 30
 
 
+CHAT_TEMPLATE = (
+    "policy access bucket object<|begin|>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>value{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
+@pytest.mark.parametrize("query_prompt", ["", "Given a question, find passages:\n"])
+def test_generation_tokens_keep_query_and_passage_within_any_limit(
+    tiny_base: str, template: str | None, query_prompt: str
+) -> None:
+    tokenizer = make_encoder(tiny_base, prompts={"query": query_prompt}).tokenizer
+    tokenizer.hf.chat_template = template
+    with pytest.raises(ModelError, match=r"leaves no room .*train\.max_generation_tokens = 3 ") as refused:
+        tokenizer.generation_room(3)
+    overhead = int(str(refused.value).partition("take ")[2].split()[0])
+    for limit in (overhead + 4, overhead + 5, overhead + 7, overhead + 30, overhead + 60):
+        room = tokenizer.generation_room(limit)
+        assert room == limit - overhead
+        for query in ("make a bucket private", "list " * 200, "\U0001f600" * 50, ""):
+            for passage in ("access policy", "table " * 200, ""):
+                tokens = tokenizer.tokenize_generation(query, passage, max_tokens=limit)
+                assert len(tokens.input_ids) <= limit
+                assert 1 <= tokens.passage_length < len(tokens.input_ids)
+                if len(passage) > 500:
+                    assert tokens.passage_length >= room // 2
+                if room >= 30 and query:
+                    text = tokenizer.hf.decode(tokens.input_ids[: -tokens.passage_length])
+                    assert query[:1] in text.replace(query_prompt, ""), "the prompt must not push the query out"
+
+
 def test_token_budget_batches_hold_every_row_once_within_budget() -> None:
     lengths = [5, 100, 7, 7, 1, 64, 64, 3]
     batches = list(token_budget_batches(lengths, 64))
@@ -139,7 +171,7 @@ def test_export_gives_equal_vectors_in_sentence_transformers_and_automodel(
     folder = str(tmp_path / "model")
     exported = export_encoder(lm.base_model, make_encoder(tiny_base).tokenizer.hf, job, folder, training={"steps": 0})
     before = make_encoder(tiny_base, pooling=pooling)
-    ours = {prompt: before.encode(TEXTS, prompt) for prompt in ("query", "passage")}  # type: ignore[arg-type]
+    ours = {prompt: before.encode(TEXTS, prompt) for prompt in ("query", "passage")}
     st = SentenceTransformer(folder, device="cpu")
     auto = AutoModel.from_pretrained(folder).eval()
     hf_tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -154,10 +186,15 @@ def test_export_gives_equal_vectors_in_sentence_transformers_and_automodel(
         own = pooling_mask(batch.attention_mask, batch.prompt_lengths)
         plain = pool(states, batch.attention_mask, own, pooling).numpy()
         assert (vectors * plain).sum(axis=1).min() >= 0.9999
-    # The control: without is_causal: false the same folder gives other vectors, and our loader says so.
-    config = (Path(folder) / "config.json").read_text()
-    assert '"is_causal": false' in config
+    # The control: without `is_causal: false` the same folder gives other vectors.
+    config = Path(folder) / "config.json"
+    assert '"is_causal": false' in config.read_text()
+    shutil.copytree(folder, tmp_path / "causal")
+    (tmp_path / "causal" / "config.json").write_text(config.read_text().replace('"is_causal": false', '"is_causal": true'))
+    causal = SentenceTransformer(str(tmp_path / "causal"), device="cpu").encode(TEXTS, prompt_name="query")
+    assert (ours["query"] * causal).sum(axis=1).min() < 0.999
     assert check_probe(exported, folder) >= 0.999999
+    # Other vectors than the export's own, here for want of its prompts, are noticed.
     other = load_encoder(
         tiny_base,
         EncoderSettings.of(

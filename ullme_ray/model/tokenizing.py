@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from ullme_ray.errors import ModelError
 
 PromptName = Literal["query", "passage"]
+_LEAST_GENERATION_ROOM = 4
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,49 @@ class TextTokenizer:
     def tokenize_generation(self, query: str, passage: str, *, max_tokens: int) -> GenerationTokens:
         """Ids of `gen_prompt(query)` followed by the passage and an end token (METHOD: generate).
 
-        The family's chat template makes the prompt where there is one, else the query and a line break. A query is cut to a
-        third of the room, the passage to what is left.
+        Of the room that chat template and query prompt leave, a query gets a third, the passage what the query did not take.
+
+        Raises:
+            ModelError: they leave no room.
         """
-        query = self._cut(self.prompts["query"] + query, max_tokens // 3)
-        if getattr(self.hf, "chat_template", None):
-            text = self.hf.apply_chat_template([{"role": "user", "content": query}], tokenize=False, add_generation_prompt=True)
-            prompt_ids = self.hf(text, add_special_tokens=False)["input_ids"]
-        else:
-            prompt_ids = self._without_closing_token(self.hf(query + "\n")["input_ids"])
-        room = max(2, max_tokens - len(prompt_ids))
+        room = self.generation_room(max_tokens)
+        query = self._cut(query, room // 3)
+        prompt_ids = self._generation_prompt(query)
+        while query and max_tokens - len(prompt_ids) < room // 2:  # a cut inside a character of many tokens
+            query = query[: len(query) // 2]
+            prompt_ids = self._generation_prompt(query)
         passage_ids = self.hf(passage, add_special_tokens=False, verbose=False)["input_ids"]
         end = [self.hf.eos_token_id] if self.hf.eos_token_id is not None else []
-        passage_ids = [*passage_ids, *end][:room]
-        # The first scored token is predicted from the last prompt token, so there must be one.
-        prompt_ids = prompt_ids or [self.pad_id]
+        passage_ids = ([*passage_ids, *end] or [self.pad_id])[: max_tokens - len(prompt_ids)]
         return GenerationTokens([*prompt_ids, *passage_ids], len(passage_ids))
+
+    def generation_room(self, max_tokens: int) -> int:
+        """Tokens left for query and passage beside chat template and query prompt.
+
+        Raises:
+            ModelError: fewer than four.
+        """
+        room = max_tokens - self._generation_overhead
+        if room < _LEAST_GENERATION_ROOM:
+            raise ModelError(
+                f"the chat template and model.prompts.query take {self._generation_overhead} tokens, which leaves no room for "
+                f"query and passage within train.max_generation_tokens = {max_tokens} (absent: model.max_tokens); raise it"
+            )
+        return room
+
+    @cached_property
+    def _generation_overhead(self) -> int:
+        return len(self._generation_prompt(""))
+
+    def _generation_prompt(self, query: str) -> list[int]:
+        """Ids that the passage follows: the family's chat template where there is one, else the query and a line break."""
+        query = self.prompts["query"] + query
+        if getattr(self.hf, "chat_template", None):
+            text = self.hf.apply_chat_template([{"role": "user", "content": query}], tokenize=False, add_generation_prompt=True)
+            ids = self.hf(text, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids = self._without_closing_token(self.hf(query + "\n", verbose=False)["input_ids"])
+        return ids or [self.pad_id]  # the first scored token is predicted from the last prompt token, so there must be one
 
     def _cut(self, text: str, max_tokens: int) -> str:
         encoding = self.hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

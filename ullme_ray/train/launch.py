@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ullme_ray import storage
 from ullme_ray.errors import StorageError, TrainingError, UllmeError
-from ullme_ray.model import check_base, ensure_base
+from ullme_ray.model import check_base, ensure_base, open_tokenizer
 from ullme_ray.pairs import check_sources
 from ullme_ray.progress import Progress
 from ullme_ray.spec import JobSpec, RunFolder, parse_job
@@ -39,10 +39,21 @@ def preflight(job: JobSpec) -> None:
         UllmeError: with the reason.
     """
     check_base(job)
+    _check_tokenizer(job)
     storage.check_writable(RunFolder.of(job).root)
     check_sources(job)
     for checkpoint in list_checkpoints(job)[-1:]:
         check_resumable(job, checkpoint)
+
+
+def _check_tokenizer(job: JobSpec) -> None:
+    """Prompts and chat template must leave room for texts. A scratch model has no tokenizer yet, and no chat template ever."""
+    train = job.train
+    assert train is not None
+    if job.model.base != "scratch":
+        tokenizer = open_tokenizer(job, which="base")
+        if train.objective.needs_generation:
+            tokenizer.generation_room(train.max_generation_tokens or job.model.max_tokens)
 
 
 def run_train(job: JobSpec) -> TrainResult:
