@@ -177,10 +177,10 @@ def list_files(pattern: str) -> list[FileInfo]:
             infos = [info for name in dict.fromkeys(found) if (info := _local_info(name)) is not None]
         else:
             store = filesystem(pattern)
-            if glob.has_magic(pattern):
-                details = store.glob(pattern, detail=True).values()
-            else:
-                details = store.find(pattern, detail=True).values()
+            try:
+                details = (store.glob if glob.has_magic(pattern) else store.find)(pattern, detail=True).values()
+            except FileNotFoundError as error:  # an empty prefix is no error to a store, a missing bucket is
+                raise StorageError(f"cannot list {pattern} ({error}); check the bucket's name and AWS_ENDPOINT_URL") from error
             infos = [_remote_info(pattern, detail) for detail in details if detail["type"] == "file"]
     return sorted((i for i in infos if not os.path.basename(i.path).startswith((".", "_"))), key=lambda i: i.path)
 
