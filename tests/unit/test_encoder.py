@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,3 +207,51 @@ def test_export_gives_equal_vectors_in_sentence_transformers_and_automodel(
     )
     with pytest.raises(ModelError, match="computes other vectors"):
         check_probe(other, folder)
+
+
+def make_export(base: str, folder: Path, **model: object) -> str:
+    job = make_job(base, **model)
+    lm = load_causal_lm(base, job.model)
+    export_encoder(lm.base_model, make_encoder(base).tokenizer.hf, job, str(folder), training={"steps": 0})
+    return str(folder)
+
+
+def job_of(base: str, **model: Any) -> JobSpec:
+    return JobSpec.model_validate({"name": "t", "model": {"base": base, **model}, "embed": {"input": {"path": "x"}}})
+
+
+def test_job_whose_base_is_an_export_takes_over_its_settings(tiny_base: str, tmp_path: Path) -> None:
+    folder = make_export(tiny_base, tmp_path / "model", pooling="lasttoken")
+    made, opened = make_encoder(tiny_base, pooling="lasttoken"), open_encoder(job_of(folder), device="cpu")
+    assert opened.settings == made.settings
+    for prompt in ("query", "passage"):
+        ours, theirs = made.encode(TEXTS, prompt), opened.encode(TEXTS, prompt)
+        assert (ours * theirs).sum(axis=1).min() >= 0.999999
+    changes: dict[str, dict[str, Any]] = {
+        "pooling": {"pooling": "mean"},
+        "max_tokens": {"max_tokens": 32},
+        "prompts.query": {"prompts": {"query": "Other:\n"}},
+    }
+    for field, given in changes.items():
+        with pytest.raises(ModelError, match=rf"model\.{field} = .*, but the model in .* was trained with"):
+            open_encoder(job_of(folder, **given), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "words"),
+    [
+        ({"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens"),
+        ({"pooling_mode": "max"}, "max"),
+        (
+            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+            "pooling_mode_mean_tokens . pooling_mode_cls_token",
+        ),
+    ],
+)
+def test_pooling_that_cannot_be_computed_is_refused(
+    tiny_base: str, tmp_path: Path, pooling: dict[str, object], words: str
+) -> None:
+    folder = make_export(tiny_base, tmp_path / "model")
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    with pytest.raises(ModelError, match=f"pools by {words}"):
+        open_encoder(job_of(folder), device="cpu")

@@ -107,7 +107,7 @@ def read_settings(job: JobSpec, folder: str) -> EncoderSettings:
         ModelError: the job sets a pooling, prompt or length other than the one the model was trained with.
     """
     wanted = EncoderSettings.of(job.model)
-    saved = _saved_settings(folder)
+    saved = _saved_settings(folder, job.model)
     if saved is None:
         return wanted
     given: set[str] = set(job.model.model_fields_set)
@@ -127,17 +127,23 @@ def read_settings(job: JobSpec, folder: str) -> EncoderSettings:
     return EncoderSettings(**saved, dtype=job.model.dtype)
 
 
-def _saved_settings(folder: str) -> dict[str, Any] | None:
+def _saved_settings(folder: str, model: ModelSpec) -> dict[str, Any] | None:
     """Pooling, length and prompts of a sentence-transformers folder, or None for any other folder."""
     names = ("config_sentence_transformers.json", "1_Pooling/config.json", "sentence_bert_config.json")
     if not all(os.path.isfile(os.path.join(folder, name)) for name in names):
         return None
     general, pooling, limits = (json.loads(storage.read_text(os.path.join(folder, name))) for name in names)
-    modes = [mode for mode, key in _POOLING_KEYS.items() if pooling.get(key)] or [pooling.get("pooling_mode")]
+    on = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value]
+    modes = [mode for mode, key in _POOLING_KEYS.items() if [key] == on or pooling.get("pooling_mode") == mode]
+    if len(modes) != 1:
+        raise ModelError(
+            f"the sentence-transformers model in {folder} pools by {' + '.join(on) or pooling.get('pooling_mode')}; "
+            f"only one of {', '.join(_POOLING_KEYS)} can be computed here"
+        )
     prompts = general.get("prompts") or {}
     return {
         "pooling": modes[0],
-        "max_tokens": int(limits["max_seq_length"]),
+        "max_tokens": int(limits.get("max_seq_length") or model.max_tokens),
         "query_prompt": prompts.get("query", ""),
         "passage_prompt": prompts.get("passage", prompts.get("document", "")),
     }
