@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -91,3 +93,24 @@ def plain_gradient(module: TwoPassModel, batch: TrainBatch, spec: ObjectiveSpec)
         loss = loss + spec.alignment_weight * kl.sum()
     (loss / len(batch)).backward()
     return gradient(module)
+
+
+class PlainEngine:
+    """One process, no sharding: gradients add up in the parameters."""
+
+    def __init__(self, module: TwoPassModel, *, forget: bool = False) -> None:
+        self.module = module
+        self.forget = forget  # the failing control: gradients of all chunks but one are lost
+        self.stepped = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        if self.forget:
+            self.module.zero_grad()
+        loss.backward()
+
+    def step(self) -> float:
+        self.stepped = True
+        return 0.0

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grl_reference import PlainEngine, gradient, make_batch, objective, relative_error
 
 from ullme_ray.errors import ModelError
 from ullme_ray.model.backbone import check_family, load_backbone, load_causal_lm
 from ullme_ray.model.encode import encode_batch, pad_batch
-from ullme_ray.model.two_pass import GenerationBatch, passage_logps
-from ullme_ray.spec.job import ModelSpec
+from ullme_ray.model.two_pass import GenerationBatch, build_two_pass, passage_logps
+from ullme_ray.spec.job import LoraSpec, ModelSpec
+from ullme_ray.train.collate import TrainBatch
+from ullme_ray.train.step import backward_step
 
 VOCAB = 128
 _COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
@@ -114,6 +118,36 @@ def test_family_that_cannot_attend_both_ways_is_refused_by_name(family: str, tmp
 @pytest.mark.parametrize("family", [f for f, (_, end) in FAMILIES.items() if end in ("sdpa", "eager")])
 def test_check_family_agrees_with_loading(family: str) -> None:
     assert outcome(family) == FAMILIES[family][1]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "gpt2", "stablelm", "mixtral"])
+def test_family_trains_alike_with_and_without_activation_checkpointing(family: str, tmp_path: Path, tiny_base: str) -> None:
+    folder = save_tiny(family, tmp_path)
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.0 if family == "mixtral" else 0.3)
+    batch = in_vocabulary(make_batch(tiny_base, 4))
+    gradients = []
+    for checkpointing, chunk_size in ((False, 4), (True, 1)):
+        spec = ModelSpec(base=folder, max_tokens=64, lora=lora)
+        module = build_two_pass(folder, spec, reference="auto", gradient_checkpointing=checkpointing)
+        backward_step(PlainEngine(module), batch, objective("grl"), chunk_size=chunk_size, step=0, seed=0)
+        gradients.append(gradient(module))
+    assert relative_error(gradients[1], gradients[0]) <= 1e-5
+
+
+def in_vocabulary(batch: TrainBatch) -> TrainBatch:
+    assert batch.generation is not None
+    return replace(
+        batch,
+        queries=replace(batch.queries, input_ids=batch.queries.input_ids % VOCAB),
+        passages=replace(batch.passages, input_ids=batch.passages.input_ids % VOCAB),
+        generation=replace(batch.generation, input_ids=batch.generation.input_ids % VOCAB),
+    )
+
+
+def test_lora_that_a_family_cannot_have_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    folder = save_tiny("mixtral", tmp_path)
+    with pytest.raises(ModelError, match=r"model\.lora does not fit model family mixtral: .*set model\.lora\.dropout: 0"):
+        build_two_pass(folder, ModelSpec(base=folder, lora=LoraSpec(dropout=0.1)), reference="auto")
 
 
 def families_table() -> str:

@@ -6,14 +6,13 @@ activation checkpointing, all presets. Ranks and ZeRO stages: tests/integration/
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from grl_reference import (
     SEED,
     STEP,
     B,
+    PlainEngine,
     examples,
     gradient,
     make_batch,
@@ -22,34 +21,11 @@ from grl_reference import (
     plain_gradient,
     relative_error,
 )
-from torch import Tensor
 
 from ullme_ray.errors import TrainingError
 from ullme_ray.model.dropout import RowDropout, keep_mask, row_seeds
 from ullme_ray.model.tokenizing import load_tokenizer
-from ullme_ray.model.two_pass import TwoPassModel
 from ullme_ray.train.step import backward_step, train_step
-
-
-class PlainEngine:
-    """One process, no sharding: gradients add up in the parameters."""
-
-    def __init__(self, module: TwoPassModel, *, forget: bool = False) -> None:
-        self.module = module
-        self.forget = forget  # the failing control: gradients of all chunks but one are lost
-        self.stepped = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        if self.forget:
-            self.module.zero_grad()
-        loss.backward()
-
-    def step(self) -> float:
-        self.stepped = True
-        return 0.0
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora-dropout", "full"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ullme_ray.errors import ModelError
 from ullme_ray.model.backbone import load_causal_lm
 from ullme_ray.model.dropout import RowSeeds, replace_dropout
 from ullme_ray.model.encode import TokenBatch, accepts, encode_batch, forward_inputs
@@ -48,6 +49,7 @@ def passage_logps(lm: Any, batch: GenerationBatch) -> PassageLogps:
     """
     lengths = batch.attention_mask.sum(dim=1)  # (R,)
     first_scored = lengths - batch.passage_lengths  # (R,)
+    assert first_scored.min() > 0, "a passage must follow at least one prompt token, which predicts its first"
     width = batch.input_ids.shape[1]
     kept = width - int(first_scored.min()) + 1  # logits at t predict token t + 1, so one position before the first
     inputs = forward_inputs(lm, batch.input_ids, batch.attention_mask)
@@ -136,13 +138,23 @@ class TwoPassModel(nn.Module):
 
 
 def add_lora(lm: Any, lora: LoraSpec, seeds: RowSeeds) -> Any:
-    """Wraps a model with LoRA on all its linear layers but the head; everything else is frozen."""
+    """Wraps a model with LoRA on all its linear layers but the head; everything else is frozen.
+
+    Raises:
+        ModelError: peft cannot adapt this family with these settings.
+    """
     import peft
 
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    wrapped = peft.get_peft_model(lm, config)
+    try:
+        wrapped = peft.get_peft_model(lm, config)
+    except ValueError as error:  # such as experts held in one tensor, which peft adapts without dropout only
+        raise ModelError(
+            f"model.lora does not fit model family {lm.config.model_type}: {str(error).splitlines()[0]}; "
+            f"set model.lora.dropout: 0, or remove model.lora"
+        ) from error
     replace_dropout(wrapped, seeds)
     return wrapped
 
