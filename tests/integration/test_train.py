@@ -164,9 +164,12 @@ def test_killed_rank_is_survived_with_the_same_losses(ray_local: None, pairs_fil
     run_train(whole)
     job = make_job("killed", tmp_path, pairs_file, max_steps=40)
     killed: list[int] = []
+    metrics = tmp_path / "killed" / "metrics" / "train.jsonl"
+    before: list[str] = []
 
     def kill_a_rank() -> None:
-        wait_for_step(tmp_path / "killed" / "metrics" / "train.jsonl", 6)
+        wait_for_step(metrics, 6)
+        before.extend(metrics.read_text().splitlines()[:4])
         ranks = [p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
         own = [p for p in ranks if ray_owns(p)]
         victim = own[0]
@@ -178,6 +181,8 @@ def test_killed_rank_is_survived_with_the_same_losses(ray_local: None, pairs_fil
     run_train(job)
     thread.join()
     assert len(killed) == 1
+    # The records hold times, which no second run of a step would repeat: the checkpoint's steps were not done again.
+    assert metrics.read_text().splitlines()[:4] == before
     assert_same_losses(losses(whole, tmp_path), losses(job, tmp_path))
     ours, theirs = open_encoder(job).encode(WORDS), open_encoder(whole).encode(WORDS)
     assert (ours * theirs).sum(axis=1).min() > 0.999999
@@ -246,6 +251,14 @@ def test_damaged_or_incomplete_checkpoints(unbroken: tuple[JobSpec, Path], pairs
     storage.remove(str(tmp_path / "damaged" / "model"))
     with pytest.raises(TrainingError, match=f"{part.name} is damaged"):
         run_train(job)
+
+
+def test_rows_left_out_are_told(ray_local: None, pairs_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    with gzip.open(pairs_file, "rt") as stream:
+        mixed.write_text(stream.read() + '{"query": "x"}\nnot json\n')
+    run_train(make_job("told", tmp_path, str(mixed), max_steps=1, workers={"num_workers": 1}))
+    assert f"2 of 42 rows left out, first: {mixed} line 41: has no positive passage" in capsys.readouterr().err
 
 
 def test_errors_come_before_long_work(ray_local: None, tiny_base: str, pairs_file: str, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class _Trainer(TorchTrainer):
 
 @ray.remote
 class _Mailbox:
-    """Between rank 0 and the driver: metrics one way, and an error that no restart can cure."""
+    """Between the ranks and the driver: rank 0's metrics and notes, and an error that no restart can cure."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
@@ -191,6 +191,9 @@ class _Watcher:
         while True:
             stopping = self._stop.wait(0.5)
             for record in ray.get(self.mailbox.take.remote()):
+                if "note" in record:
+                    self.bar.note(record["note"])
+                    continue
                 self.last = record
                 self.bar.update(
                     record["step"],
@@ -212,8 +215,10 @@ def _home(error: Exception, mailbox: Any) -> UllmeError:
     failure: UllmeError | None = ray.get(mailbox.failure.remote())
     if failure is not None:
         return failure
-    for rank, cause in sorted(getattr(error, "worker_failures", {}).items()):
+    causes = sorted(getattr(error, "worker_failures", {}).items())
+    for _, cause in causes:  # first of all ranks: the others may only have lost their connection to this one
         if isinstance(cause, UllmeError):
             return cause
+    for rank, cause in causes:
         return TrainingError(f"rank {rank} failed more than train.max_failures times: {type(cause).__name__}: {cause}")
     return TrainingError(f"training failed: {error}")

@@ -34,7 +34,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     """Runs the job's training on this rank; the process group must be up. Resumes from the newest checkpoint by itself.
 
     Args:
-        report: gets every logged record, on rank 0 only.
+        report: gets every logged record, and `{"note": sentence}` for what a person should know; on rank 0 only.
 
     Raises:
         UllmeError: data, model or checkpoint cannot be used, or a loss is not finite.
@@ -45,7 +45,13 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     per_rank = train.global_batch_size // world_size
 
     # Build
-    sampler = BatchSampler(read_sources(job), train, seed=job.seed)
+    sources = read_sources(job)
+    if rank == 0:
+        for source in sources:
+            if source.rejected:
+                total = len(source.pairs) + len(source.rejected)
+                report({"note": f"{len(source.rejected)} of {total} rows left out, first: {source.rejected[0]}"})
+    sampler = BatchSampler(sources, train, seed=job.seed)
     tokenizer = open_tokenizer(job, which="base")
     module = build_two_pass(
         base_folder(job),
