@@ -23,7 +23,6 @@ _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives an interrupted run must not start a second Ray
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -107,10 +106,6 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
             _node_ip_address="127.0.0.1",
         )
     try:
-        if job.embed and not verbose:
-            import ray.data
-
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
         _check_pools_fit(pools(job, stages), address or "the local Ray")
         yield
     finally:

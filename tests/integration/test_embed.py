@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from ullme_ray import storage
-from ullme_ray.embed import plan_units, preflight, run_embed
+from ullme_ray.embed import flow, plan_units, preflight, run_embed
+from ullme_ray.embed.attempts import Attempts
 from ullme_ray.embed.parts import list_parts
 from ullme_ray.errors import EmbedError
 from ullme_ray.model import open_encoder
@@ -182,6 +185,55 @@ def test_killed_actors_lose_and_repeat_nothing(tmp_path: Path, tiny_base: str) -
     assert 0 < killed[0] < 60
     assert (report.units_embedded, report.rows_embedded, report.rows_dead) == (60, 360, 0)
     assert vectors(corpus).keys() == {f"a-{n}" for n in range(360)}
+
+
+def test_a_model_that_always_kills_its_actor_ends_the_run(
+    tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "MAX_ATTEMPTS", 2)
+    corpus = Corpus(str(tmp_path), tiny_base)
+    corpus.write("a.jsonl", make_rows("a", 6))
+    killed: set[int] = set()
+    stop = threading.Event()
+
+    def kill_while_loading() -> None:
+        while not stop.is_set():
+            for pid in embed_actor_pids():
+                with contextlib.suppress(OSError):
+                    if "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                        os.kill(pid, signal.SIGKILL)
+                        killed.add(pid)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_while_loading)
+    killer.start()
+    try:
+        with pytest.raises(EmbedError, match=r"loading the model ended its process 2 times, as a lack of memory does"):
+            run_embed(corpus.job(min=1, max=1))
+    finally:
+        stop.set()
+        killer.join()
+    assert len(killed) >= 2  # an actor of the test before may still have been there
+
+
+def test_a_unit_that_always_kills_its_process_is_given_up(tmp_path: Path) -> None:
+    attempts = Attempts(3)
+    (tmp_path / "begun").touch()
+
+    @ray.remote(num_cpus=1, max_retries=-1)
+    def embed(work: str, deadly: bool) -> str:
+        with attempts.at(work, shown=f"embedding {work}"):
+            if deadly:
+                with (tmp_path / "begun").open("a") as file:
+                    file.write("x")
+                os._exit(1)
+            return work
+
+    with pytest.raises(ray.exceptions.RayTaskError) as raised:
+        ray.get(embed.remote("bad rows", True))
+    assert "embedding bad rows ended its process 3 times" in str(raised.value.cause)
+    assert (tmp_path / "begun").read_text() == "xxx"
+    assert [ray.get(embed.remote("good rows", False)) for _ in range(5)] == ["good rows"] * 5
 
 
 def embed_actor_pids() -> list[int]:

@@ -6,6 +6,7 @@ An error meant for the user travels the same way, for Ray Data would bury it in 
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
+from ullme_ray.embed.attempts import Attempts
 from ullme_ray.embed.parts import Part, PartSettings, build_part, write_dead_letters, write_part
 from ullme_ray.embed.reading import read_unit
 from ullme_ray.embed.units import Unit, embed_section
@@ -94,9 +97,19 @@ def _advance(row: Row, step: Callable[[Unit, Any], Any]) -> Row:
     return {"unit": row["unit"], "work": pickle.dumps(work)}
 
 
-def read_step(row: Row, context: EmbedContext) -> Row:
+def read_step(row: Row, context: EmbedContext, attempts: Attempts) -> Row:
     """Unit -> its good rows as tokens; the bad ones go to the dead letters."""
-    return _advance(row, lambda unit, _: _read(unit, context))
+
+    def read(unit: Unit, _: None) -> UnitTokens:
+        with _counted("reading", unit, attempts):
+            return _read(unit, context)
+
+    return _advance(row, read)
+
+
+def _counted(step: str, unit: Unit, attempts: Attempts) -> contextlib.AbstractContextManager[None]:
+    where = f"rows {unit.start} to {unit.stop} of {unit.file.path}"
+    return attempts.at(f"{step} {where}", shown=f"{step} {where}")
 
 
 def _read(unit: Unit, context: EmbedContext) -> UnitTokens:
@@ -119,22 +132,28 @@ def _tokenizer(job: JobSpec, fingerprint: str) -> TextTokenizer:
 class EmbedActor:
     """Holds the model; one call embeds one unit."""
 
-    def __init__(self, context: EmbedContext) -> None:
+    def __init__(self, context: EmbedContext, attempts: Attempts) -> None:
+        self._attempts = attempts
         self._encoder: Encoder | UllmeError
         try:
-            self._encoder = _open_encoder(context)
+            with attempts.at(f"load in {ray.get_runtime_context().get_actor_id()}", shown="loading the model"):
+                self._encoder = _open_encoder(context)
         except UllmeError as error:
             self._encoder = error  # goes out with the first unit; Ray would start the actor again and again
         self._tokens_per_batch = embed_section(context.job).tokens_per_batch
 
     def __call__(self, row: Row) -> Row:
-        return _advance(row, self._embed)
+        return _advance(row, self._attempt)
+
+    def _attempt(self, unit: Unit, work: UnitTokens) -> UnitVectors:
+        with _counted("embedding", unit, self._attempts):
+            return self._embed(unit, work)
 
     def _embed(self, unit: Unit, work: UnitTokens) -> UnitVectors:
-        from ullme_ray.model import Tokens
-
         if isinstance(self._encoder, UllmeError):
             raise self._encoder
+        from ullme_ray.model import Tokens
+
         input_ids = [ids.tolist() for ids in np.split(work.ids, np.cumsum(work.lengths)[:-1])] if len(work.lengths) else []
         tokens = Tokens(input_ids, work.prompt_length, work.truncated)
         vectors = self._encoder.embed_tokens(tokens, tokens_per_batch=self._tokens_per_batch)  # (N, D)

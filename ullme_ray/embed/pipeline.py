@@ -7,19 +7,17 @@ listing of the corpus and the table's log. Rows of a changed file are not compar
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
-from ray.data.exceptions import ExecutionTimeoutError
 
 from ullme_ray import storage
-from ullme_ray.embed.actor import EmbedActor, EmbedContext, Outcome, outcome_of, read_step, unit_row, write_step
+from ullme_ray.embed.actor import EmbedContext, Outcome
 from ullme_ray.embed.commit import active_parts, check_owner, commit
+from ullme_ray.embed.flow import explained, run_units
 from ullme_ray.embed.parts import (
     DEAD_LETTERS,
     Part,
@@ -32,15 +30,11 @@ from ullme_ray.embed.parts import (
 )
 from ullme_ray.embed.reading import column_types
 from ullme_ray.embed.units import InputFile, Unit, embed_section, list_input, split_file
-from ullme_ray.errors import EmbedError, UllmeError
+from ullme_ray.errors import EmbedError
 from ullme_ray.progress import Progress
-from ullme_ray.spec.job import ActorsSpec, JobSpec
+from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
 from ullme_ray.table import find_table
-
-_UNIT_RETRIES = 5  # of one unit whose actor dies under it; a unit that always kills its actor must end the run
-_ACTOR_START_DEATHS = 5  # in a row
-_NO_PROGRESS_TIMEOUT_S = 4 * 3600.0  # a large unit on a CPU takes longer than Ray's 30 minutes
 
 
 @dataclass(frozen=True)
@@ -186,7 +180,7 @@ def _get(reference: Any) -> list[Unit]:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
-        raise _explained(error) from error
+        raise explained(error) from error
 
 
 def _embed_missing(plan: Plan, context: EmbedContext, show: bool) -> list[Outcome]:
@@ -194,19 +188,16 @@ def _embed_missing(plan: Plan, context: EmbedContext, show: bool) -> list[Outcom
     done_before = sum(name.num_rows for name in plan.done)
     outcomes: list[Outcome] = []
     started = time.monotonic()
-    rows = done_before
+    rows, tokens = done_before, 0
     with Progress("embed", plan.num_rows) if show else _Silent() as bar:
         if plan.done:
             bar.note(f"{len(plan.done)} units are done already, {len(plan.missing)} are left")
         bar.update(done_before)
-        try:
-            for outcome in _outcomes(plan.missing, context):
-                outcomes.append(outcome)
-                rows += outcome.part.name.num_rows
-                tokens = sum(o.num_tokens for o in outcomes)
-                bar.update(rows, tokens_per_s=tokens / (time.monotonic() - started))
-        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
-            raise _explained(error) from error
+        for outcome in run_units(plan.missing, context):
+            outcomes.append(outcome)
+            rows += outcome.part.name.num_rows
+            tokens += outcome.num_tokens
+            bar.update(rows, tokens_per_s=tokens / (time.monotonic() - started))
     return outcomes
 
 
@@ -224,72 +215,6 @@ class _Silent:
 
     def note(self, text: str) -> None:
         pass
-
-
-def _outcomes(units: list[Unit], context: EmbedContext) -> Iterator[Outcome]:
-    """The Ray Data pipeline: tasks read, a pool of actors embeds, tasks write; every unit is one block throughout."""
-    actors = embed_section(context.job).actors
-    pool = ActorPoolStrategy(min_size=actors.min, max_size=_pool_limit(actors, len(units)))
-    with DataContext.current(_data_context()):
-        dataset = (
-            ray.data.from_items([unit_row(unit) for unit in units], override_num_blocks=len(units))
-            .map(cast(Any, read_step), fn_args=(context,), num_cpus=1)
-            .map(
-                cast(Any, EmbedActor),  # Ray's hints know functions of one argument only
-                fn_constructor_args=(context,),
-                compute=pool,
-                num_cpus=actors.cpus_per_actor,
-                num_gpus=actors.gpus_per_actor,
-                ray_remote_args_fn=_actor_options,
-            )
-            .map(cast(Any, write_step), fn_args=(context,), num_cpus=1)
-        )
-        for row in dataset.iter_rows():
-            yield outcome_of(row)
-
-
-def _actor_options() -> dict[str, Any]:
-    return {"max_restarts": -1, "max_task_retries": _UNIT_RETRIES}  # nodes come and go during a long run
-
-
-def _data_context() -> DataContext:
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False  # ours counts rows
-    context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = _ACTOR_START_DEATHS
-    context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
-    return context
-
-
-def _pool_limit(actors: ActorsSpec, num_units: int) -> int:
-    """The most actors that leave a CPU for reading and writing: a pool that takes all would wait for its own input for ever.
-
-    Raises:
-        EmbedError: not even the smallest pool fits this cluster.
-    """
-    cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    fits = int((cpus - 1) // actors.cpus_per_actor)
-    if fits < actors.min:
-        raise EmbedError(
-            f"embed.actors.min = {actors.min} actors of {actors.cpus_per_actor} CPUs, and one CPU to read and write, are "
-            f"{actors.min * actors.cpus_per_actor + 1} CPUs, and this Ray cluster has {cpus:g}; lower them or add nodes"
-        )
-    if actors.gpus_per_actor * actors.min > gpus:
-        raise EmbedError(
-            f"embed.actors.min = {actors.min} actors of {actors.gpus_per_actor:g} GPUs are "
-            f"{actors.gpus_per_actor * actors.min:g} GPUs, and this Ray cluster has {gpus:g}; lower them or add nodes"
-        )
-    return max(actors.min, min(actors.max, fits, num_units))
-
-
-def _explained(error: Exception) -> UllmeError:
-    """The error that a task raised on purpose; anything else as an EmbedError with the first error of Ray's long report."""
-    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, UllmeError):
-        return error.cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    root = next((line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
-    return EmbedError(f"embedding stopped: {root}; the next run goes on from the parts written so far")
 
 
 def _check_all_rows_accounted(plan: Plan, outcomes: list[Outcome], wanted: dict[PartName, Part], folder: str) -> None:
