@@ -30,7 +30,7 @@ def examples(num_rows: int) -> list[Example]:
 def make_batch(folder: str, num_rows: int = B, *, first: int = 0, stop: int | None = None) -> TrainBatch:
     """Rows [first, stop) of a global batch of `num_rows`."""
     tokenizer = TextTokenizer(load_tokenizer(folder), max_tokens=64, query_prompt="Find:\n", passage_prompt="")
-    return collate(examples(num_rows)[first:stop], tokenizer, with_generation=True, max_generation_tokens=64)
+    return collate(examples(num_rows)[first:stop], tokenizer, with_generation=True, max_generation_tokens=128)
 
 
 def make_module(folder: str, *, lora: bool, checkpointing: bool = False) -> TwoPassModel:
