@@ -72,10 +72,13 @@ def prepare(job: JobSpec, stages: Sequence[str]) -> None:
     """
     run = RunFolder.of(job)
     storage.check_writable(run.root)
-    from ullme_ray.model import check_base
+    from ullme_ray.model import check_base, encoder_folder
     from ullme_ray.sample_data import ensure_dataset
 
-    check_base(job)
+    if job.train and "train" not in stages:
+        encoder_folder(job)  # the trained model must be there; its base may be gone
+    else:
+        check_base(job)
     ensure_dataset(job)
     for stage in stages:
         importlib.import_module(f"ullme_ray.{stage}").preflight(job)

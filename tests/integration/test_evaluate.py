@@ -189,6 +189,17 @@ def test_preflight_names_a_missing_and_a_broken_set(job, tmp_path):
         preflight(elsewhere)
 
 
+def test_a_scratch_model_is_measured_before_any_training(job):
+    tree = job.model_dump()
+    scratch = {"base": "scratch", "max_tokens": 64, "scratch": {"hidden_size": 32, "layers": 1, "vocab_size": 400}}
+    train = {"objective": "cl", "data": [{"path": "run:data/train.jsonl"}]}
+    untrained = JobSpec.model_validate({**tree, "model": scratch, "train": train})
+    (scores,) = run_evaluate(untrained, models=("base",)).sets
+    (base,) = scores.models
+    assert base.fingerprint == encoder_fingerprint(untrained, which="base")
+    assert 0 <= base.measures["recall@5"] <= 1
+
+
 def test_a_job_that_is_not_trained_yet_fails_before_anything_is_encoded(job, monkeypatch):
     train = {"objective": "cl", "data": [{"path": "run:data/train.jsonl"}]}
     untrained = JobSpec.model_validate({**job.model_dump(), "train": train})

@@ -199,6 +199,20 @@ def test_job_that_cannot_run_says_so_before_any_work(
     assert words in run_job(cli, tmp_path, full_job(tiny_base), override)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "embed", "serve"])
+def test_stage_that_needs_the_trained_model_says_so_before_ray_starts(
+    cli: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    import ray
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray, "init", None)
+    (tmp_path / "job.yaml").write_text(full_job("scratch") + "evaluate: {local: [{path: heldout}]}\n")
+    result = cli.invoke(app, [command, "job.yaml"])
+    assert result.exit_code == 1
+    assert result.stderr.endswith("holds no trained model yet; run `ullme-ray train` on this job first\n")
+
+
 def test_taken_port_is_told_before_training(
     cli: CliRunner, tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch, taken_port: int
 ) -> None:

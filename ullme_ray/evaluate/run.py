@@ -21,7 +21,7 @@ from ullme_ray.evaluate.local_set import LocalSet, read_local_set
 from ullme_ray.evaluate.metrics import Run, mean_scores, score_run
 from ullme_ray.evaluate.report import EvaluationReport, ModelScores, SetScores
 from ullme_ray.evaluate.topk import top_k
-from ullme_ray.model import encoder_fingerprint
+from ullme_ray.model import encoder_fingerprint, ensure_base
 from ullme_ray.progress import Progress
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import EvaluateSpec
@@ -57,6 +57,8 @@ def run_evaluate(job: JobSpec, *, models: Sequence[ModelName] | None = None) -> 
     folder = RunFolder.of(job)
     local_sets = [read_local_set(folder.resolve(local.path)) for local in _spec(job).local]
     chosen = models if models is not None else models_of(job)
+    if "base" in chosen:
+        ensure_base(job)
     # Of all models first, so that one that is missing is an error before long work.
     fingerprints = {model: _fingerprint(job, model) for model in chosen}
     num_texts = sum(len(local_set.queries) + len(local_set.passages) for local_set in local_sets)

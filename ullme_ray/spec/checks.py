@@ -56,9 +56,9 @@ def _model(job: JobSpec) -> Iterator[Contradiction]:
             f"= {scratch.heads} makes heads of odd width {scratch.hidden_size // scratch.heads};"
             " rotary positions need an even one: change heads or hidden_size",
         )
-    if job.train is None and job.evaluate is None:
+    if job.train is None:
         yield Contradiction(
-            ("model.base", "train", "evaluate"), "= scratch makes an untrained model; add a train section or name a model"
+            ("model.base", "train"), "= scratch is made from the texts it is trained on; add a train section or name a model"
         )
     if job.model.lora is not None:
         yield Contradiction(
