@@ -1,4 +1,18 @@
-"""The embeddings table, where stages that write it and stages that read it meet: a Delta table of Parquet parts."""
+"""The embeddings table, where stages that write it and stages that read it meet: a Delta table of Parquet parts.
+
+Delta has no type for lists of one length, so readers that go by its schema give `embedding` as a list, and those that go by the
+parts as an array of D floats. With `table = deltalake.DeltaTable(path)`, tried with the versions in brackets:
+
+    deltalake (1.6)  table.to_pyarrow_table(), table.to_pyarrow_dataset()                 a list
+    pandas (3.1)     table.to_pandas(), pandas.read_parquet(table.file_uris())            a numpy array in each row
+    polars (2.1)     polars.scan_parquet(table.file_uris())                               Array(Float32, D)
+                     polars.read_delta(path, use_pyarrow=True)                            List(Float32)
+    duckdb (2.0)     SELECT ... FROM read_parquet([...table.file_uris()...])              FLOAT[]; cast with ::FLOAT[D]
+    pyarrow (26)     pyarrow.parquet.read_table(one of table.file_uris())                 fixed_size_list<float>[D]
+
+Polars' own Delta reader (`read_delta` and `scan_delta` without use_pyarrow) refuses the parts, since it takes no array for a list.
+Never read the folder itself: it also holds parts that are not in the table, or no longer.
+"""
 
 from __future__ import annotations
 
