@@ -10,7 +10,7 @@ parts as an array of D floats. With `table = deltalake.DeltaTable(path)`, tried 
     duckdb (2.0)     SELECT ... FROM read_parquet([...table.file_uris()...])              FLOAT[]; cast with ::FLOAT[D]
     pyarrow (26)     pyarrow.parquet.read_table(one of table.file_uris())                 fixed_size_list<float>[D]
 
-Polars' own Delta reader (`read_delta` and `scan_delta` without use_pyarrow) refuses the parts, since it takes no array for a list.
+Polars' own Delta reader (`read_delta`, `scan_delta` without use_pyarrow) refuses the parts: it takes no array for a list.
 Never read the folder itself: it also holds parts that are not in the table, or no longer.
 """
 
