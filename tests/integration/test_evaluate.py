@@ -153,6 +153,15 @@ def test_a_killed_actor_costs_nothing_but_time(job, monkeypatch):
     np.testing.assert_allclose(vectors, open_encoder(job).encode(texts), atol=1e-6)
 
 
+def test_an_actor_that_keeps_dying_is_an_error_of_ours(job, monkeypatch):
+    monkeypatch.setattr(encoding, "MAX_RESTARTS", 0)
+    with encoding.EncoderPool(job, num_texts=1) as pool, Progress("test", 1) as progress:
+        pool.load("base", encoder_fingerprint(job))
+        ray.kill(pool._actors[0])
+        with pytest.raises(ModelError, match="a process that encodes died, also after 0 restarts"):
+            list(pool.encode(["a"], "passage", progress))
+
+
 def test_errors_inside_actors_arrive_as_they_were_raised(job, tmp_path):
     fingerprint = encoder_fingerprint(job)
     with encoding.EncoderPool(job, num_texts=1) as pool, Progress("test", 1) as progress:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from ullme_ray.errors import ModelError, UllmeError
 from ullme_ray.model import open_encoder
@@ -25,6 +25,7 @@ from ullme_ray.spec import JobSpec, absolute_paths
 
 CHUNK_TEXTS = 256
 MAX_CPU_ACTORS = 4  # every actor holds the whole model
+MAX_RESTARTS = 2
 SETTLE_S = 5.0  # how long cores of a stage that just ended may take to be reported free
 NOTE_AFTER_S = 30.0
 
@@ -89,7 +90,7 @@ class EncoderPool:
         self._idle = []
 
     def _start(self) -> None:
-        actor_class = ray.remote(max_restarts=2, max_task_retries=2)(_EncodeActor)
+        actor_class = ray.remote(max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(_EncodeActor)
         located = absolute_paths(self._job)
         self._actors = [
             actor_class.options(**reserved).remote(located, None if "num_gpus" in reserved else "cpu")
@@ -131,9 +132,18 @@ class EncoderPool:
 
 
 def _get(reference: Any) -> Any:
-    """`ray.get`, with our own errors as they were raised."""
+    """`ray.get`, with our own errors as they were raised.
+
+    Raises:
+        ModelError: the actor died more often than Ray restarts it.
+    """
     try:
         return ray.get(reference)
+    except RayActorError as error:
+        raise ModelError(
+            f"a process that encodes died, also after {MAX_RESTARTS} restarts, as one does for lack of memory; "
+            "give the machine more memory, or lower model.max_tokens"
+        ) from error
     except RayTaskError as error:
         if isinstance(error.cause, UllmeError):
             raise error.cause from None
