@@ -277,6 +277,21 @@ def test_one_request_too_many_gets_429_at_once_and_the_place_is_given_back() -> 
 JSON = {"content-type": "application/json"}
 
 
+def test_a_body_that_does_not_come_is_408_and_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ullme_ray.serve.app.BODY_TIMEOUT_S", 0.05)
+
+    async def test() -> None:
+        async def stuck() -> Any:
+            yield body()[:5]
+            await asyncio.Event().wait()
+
+        async with client(FakeBackend(), max_queued_requests=1) as http:
+            assert_error(await http.post("/v1/embeddings", content=stuck(), headers=JSON), 408)
+            assert (await http.post("/v1/embeddings", content=body(), headers=JSON)).status_code == 200
+
+    run(test())
+
+
 def test_a_missing_model_is_503_and_a_failing_one_500_without_details() -> None:
     async def test() -> None:
         backend = FakeBackend()

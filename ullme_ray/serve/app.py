@@ -39,6 +39,7 @@ logger = logging.getLogger("ray.serve")
 
 ATTEMPTS = 2  # of a request whose replica died under it
 REQUEST_TIMEOUT_S = 600.0
+BODY_TIMEOUT_S = 60.0  # a client that sends no more must not hold its place among the requests for ever
 HEALTH_TIMEOUT_S = 5.0
 LARGE_BYTES = 64 * 1024  # work on a body or answer above this leaves the event loop
 RETRY_AFTER_S = 1
@@ -137,7 +138,11 @@ def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:
     @api.post("/v1/embeddings", openapi_extra={"requestBody": _request_schema()})
     async def embeddings(request: Request) -> Response:
         with admit:
-            raw = await read_body(request, settings.max_body_bytes)
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    raw = await read_body(request, settings.max_body_bytes)
+            except TimeoutError:
+                raise ApiError(408, f"the request body did not arrive within {BODY_TIMEOUT_S:g} s") from None
             model = await served_model()
 
             def check() -> tuple[EmbeddingRequest, EmbedCall]:
