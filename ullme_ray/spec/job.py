@@ -262,9 +262,7 @@ class SearchSpec(Section):
 
 
 class ClusterSpec(Section):
-    address: str | None = Field(
-        None, description="Ray cluster to join, such as auto or ray://host:10001; absent starts a local one."
-    )
+    address: str | None = Field(None, description="Ray cluster to join, such as auto or host:6379; absent starts a local one.")
 
 
 class JobSpec(Section):
