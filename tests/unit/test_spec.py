@@ -121,6 +121,14 @@ def test_presets_are_those_of_the_method() -> None:
         "sft": (1.0, 1.0, 0.0, 0.05, "sft"),
         "dpo": (1.0, 0.5, 0.0, 0.05, "dpo"),
         "grl": (1.0, 0.5, 1.0, 0.1, "dpo"),
+        "genc": (1.0, 0.5, 1.0, 0.1, "dpo"),
+    }
+    different = {key: value for key, value in PRESETS["genc"].items() if PRESETS["grl"][key] != value}
+    assert different == {
+        "contrastive": "supcon",
+        "miner_epsilon": 0.2,
+        "alignment_direction": "gen_rep",
+        "dpo_pairs": "first",
     }
 
 

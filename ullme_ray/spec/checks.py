@@ -87,17 +87,29 @@ def _train(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
             " or change train.workers.num_workers",
         )
     objective, at = train.objective, "train.objective"
-    weights = tuple(f"{at}.{name}" for name in ("contrastive_weight", "generation_weight", "alignment_weight"))
-    if objective.contrastive_weight == objective.generation_weight == objective.alignment_weight == 0:
-        yield Contradiction(
-            (at, f"{at}.preset", *weights), "has all three weights 0, so nothing would be learned; set one above 0"
-        )
+    names = ("contrastive_weight", "generation_weight", "alignment_weight", "distill_weight")
+    weights = tuple(f"{at}.{name}" for name in names)
+    if not any(getattr(objective, name) for name in names):
+        yield Contradiction((at, f"{at}.preset", *weights), "has all weights 0, so nothing would be learned; set one above 0")
     if objective.needs_negatives and train.negatives_per_query == 0:
         yield Contradiction(
             ("train.negatives_per_query", f"{at}.preset", f"{at}.generation", *weights),
             f"= 0, but objective {objective.preset} compares positives with hard negatives;"
             " use 1 or more, or objective cl or sft",
         )
+    widths = objective.matryoshka
+    if widths is not None and widths.weights is not None and len(widths.weights) != len(widths.dims):
+        yield Contradiction(
+            (f"{at}.matryoshka.weights", f"{at}.matryoshka.dims"),
+            f"are {len(widths.weights)} for {len(widths.dims)} dims; give one weight for each, or remove them",
+        )
+    lora = job.model.lora
+    if lora is not None and lora.adapters == "separate" and objective.generation_weight == 0:
+        yield Contradiction(
+            ("model.lora.adapters", f"{at}.generation_weight", f"{at}.preset"),
+            "= separate has an adapter for the generation loss, whose weight is 0; use shared, or a preset that generates",
+        )
+    yield from _sharding(job, train)
     if objective.reference == "adapter_off" and job.model.lora is None:
         yield Contradiction(
             (f"{at}.reference", "model.lora"), "= adapter_off needs model.lora; use frozen_copy, or add model.lora"
@@ -109,10 +121,35 @@ def _train(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
         )
 
 
+def _sharding(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
+    engine, at = train.deepspeed, "train.deepspeed"
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        yield Contradiction(
+            (f"{at}.offload_optimizer", f"{at}.zero_stage"), "needs an optimizer that is sharded; use zero_stage 1, 2 or 3"
+        )
+    if engine.offload_parameters and engine.zero_stage != 3:
+        yield Contradiction(
+            (f"{at}.offload_parameters", f"{at}.zero_stage"), "needs sharded parameters; use zero_stage 3, or remove it"
+        )
+    if job.model.lora is not None and job.model.lora.quantize_base is not None:
+        if train.workers.gpus_per_worker == 0:
+            yield Contradiction(
+                ("model.lora.quantize_base", "train.workers.gpus_per_worker"),
+                "= nf4 runs on a GPU only; set train.workers.gpus_per_worker: 1, or remove it",
+            )
+        if engine.zero_stage == 3:
+            yield Contradiction(
+                ("model.lora.quantize_base", f"{at}.zero_stage"),
+                "= nf4 weights cannot be sharded; use zero_stage 0, 1 or 2, or remove it",
+            )
+
+
 def _paths(job: JobSpec) -> Iterator[Contradiction]:
     paths = {"storage": job.storage}
     if job.train:
         paths |= {f"train.data.{i}.path": source.path for i, source in enumerate(job.train.data)}
+        if job.train.validation:
+            paths["train.validation.path"] = job.train.validation.path
     if job.evaluate:
         paths |= {f"evaluate.local.{i}.path": local.path for i, local in enumerate(job.evaluate.local)}
     if job.embed:

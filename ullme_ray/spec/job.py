@@ -35,6 +35,12 @@ class LoraSpec(Section):
     rank: PositiveInt = Field(16, description="Rank of the LoRA update matrices.")
     alpha: PositiveInt = Field(32, description="LoRA scale; the update is multiplied by alpha / rank.")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.1, description="Dropout on the LoRA input, 0 to 1.")
+    adapters: Literal["shared", "separate"] = Field(
+        "shared", description="One adapter for both passes, or one to encode and one to generate; only the first is exported."
+    )
+    quantize_base: Literal["nf4"] | None = Field(
+        None, description="Hold the frozen base weights in 4 bits while training (QLoRA); needs a GPU and bitsandbytes."
+    )
 
 
 class ScratchSpec(Section):
@@ -85,29 +91,54 @@ class SourceSpec(Section):
     weight: Positive = Field(1.0, description="Share of the batches drawn from this source, relative to the others.")
 
 
+class MatryoshkaSpec(Section):
+    dims: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] = Field(
+        description="Widths at which embeddings shall be good too: cut to the first so many values, then renormalised."
+    )
+    weights: Annotated[tuple[Positive, ...], Field(strict=False)] | None = Field(
+        None, description="Weight of the loss at each of `dims`; absent means 1 each. The full width always counts 1."
+    )
+
+
 class ObjectiveSpec(Section):
     """What is minimised (METHOD: presets). A preset fills the fields; a field set in the job goes over it."""
 
-    preset: Literal["cl", "sft", "dpo", "grl"] = Field("grl", description="Named set of the values below.")
-    contrastive_weight: NonNegative = Field(description="Weight of the InfoNCE loss.")
+    preset: Literal["cl", "sft", "dpo", "grl", "genc"] = Field("grl", description="Named set of the values below.")
+    contrastive_weight: NonNegative = Field(description="Weight of the contrastive loss.")
     generation_weight: NonNegative = Field(description="Weight of the generation loss.")
     alignment_weight: NonNegative = Field(description="Weight of the KL term between embedding and generation relevance.")
+    distill_weight: NonNegative = Field(description="Weight of the KL term that teaches the teacher's `scores` of each row.")
+    contrastive: Literal["infonce", "supcon"] = Field(description="Form of the contrastive loss.")
+    miner_epsilon: NonNegative | None = Field(
+        description="Multi-similarity miner: keep pairs that are hard within this cosine; null keeps all."
+    )
+    negative_margin: NonNegative | None = Field(
+        description="Drop a negative whose cosine is above the positive's minus this, as a false one; null drops none."
+    )
+    negative_ratio: Positive | None = Field(
+        description="Drop a negative whose cosine is above this times the positive's, as a false one; null drops none."
+    )
     temperature: Positive = Field(description="Divides cosine similarities in the contrastive loss.")
-    rep_temperature: Positive = Field(description="Divides cosine similarities in the alignment term.")
+    rep_temperature: Positive = Field(description="Divides cosine similarities in the alignment and the distillation term.")
     gen_temperature: Positive = Field(description="Divides mean token log-probabilities in the alignment term.")
-    generation: Literal["sft", "dpo"] = Field(description="Form of the generation loss.")
-    dpo_beta: Positive = Field(description="Strength of the pull to the reference model in DPO.")
+    teacher_temperature: Positive = Field(description="Divides the teacher's scores in the distillation term.")
+    generation: Literal["sft", "dpo", "ipo", "hinge", "kto"] = Field(description="Form of the generation loss.")
+    dpo_beta: Positive = Field(description="Strength of the pull to the reference model in dpo, ipo, hinge and kto.")
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(description="Share of DPO pairs assumed mislabelled.")
     dpo_pairs: Literal["all", "first"] = Field(
-        description="DPO pairs of one query: every positive x negative, or the first of each."
+        description="Preference pairs of one query: every positive x negative, or the first of each."
     )
-    reference: Literal["auto", "adapter_off", "frozen_copy", "none"] = Field(
-        description="DPO reference model; auto is adapter_off with LoRA and frozen_copy without."
+    reference: Literal["auto", "adapter_off", "frozen_copy", "precomputed", "none"] = Field(
+        description="Reference model of dpo, ipo, hinge, kto; auto is adapter_off with LoRA and frozen_copy without. "
+        "precomputed scores all rows of the run once, before training."
     )
     alignment_direction: Literal["rep_gen", "gen_rep"] = Field(
         description="KL(P_rep || P_gen) as in the paper, or the reverse."
     )
     detach_gen: bool = Field(description="Treat generation relevance as a fixed target in the alignment term.")
+    matryoshka: MatryoshkaSpec | None = Field(
+        description="Also apply the contrastive and the alignment term to shortened embeddings; null does not."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -136,8 +167,25 @@ class ObjectiveSpec(Section):
         return self.generation_weight > 0 or self.alignment_weight > 0
 
     @property
+    def compares_pairs(self) -> bool:
+        """Whether the generation loss is one of the preference losses."""
+        return self.generation_weight > 0 and self.generation != "sft"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.compares_pairs and self.reference != "none"
+
+    @property
     def needs_negatives(self) -> bool:
-        return (self.generation_weight > 0 and self.generation == "dpo") or self.alignment_weight > 0
+        return self.compares_pairs or self.alignment_weight > 0 or self.distill_weight > 0
+
+    @property
+    def widths(self) -> tuple[tuple[int | None, float], ...]:
+        """(width, weight) at which the terms on embeddings apply; None is the full width."""
+        if self.matryoshka is None:
+            return ((None, 1.0),)
+        weights = self.matryoshka.weights or (1.0,) * len(self.matryoshka.dims)
+        return ((None, 1.0), *zip(self.matryoshka.dims, weights))
 
 
 class WorkersSpec(Section):
@@ -148,12 +196,28 @@ class WorkersSpec(Section):
 
 class DeepSpeedSpec(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: shard nothing, optimizer, + gradients, + parameters.")
+    offload_optimizer: bool = Field(False, description="Keep optimizer state in CPU memory and update there (ZeRO 1 to 3).")
+    offload_parameters: bool = Field(False, description="Keep the sharded parameters in CPU memory (ZeRO 3).")
+
+
+class ValidationSpec(Section):
+    path: str = Field(min_length=1, description="Held-out folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv.")
+    every_steps: PositiveInt = Field(50, description="Steps between two validations, each by all ranks together.")
+    max_queries: PositiveInt = Field(500, description="Queries used at most (seeded choice).")
+    max_passages: PositiveInt = Field(5000, description="Passages searched at most: the relevant ones, then a seeded choice.")
+    k: PositiveInt = Field(10, description="Cut-off of the nDCG@k that decides.")
+    patience: PositiveInt | None = Field(
+        None, description="Stop after so many validations without a better nDCG; absent means never."
+    )
+    export: Literal["best", "last"] = Field(
+        "best", description="Which weights become the model: the best validated or the last."
+    )
 
 
 class TrainSpec(Section):
     objective: ObjectiveSpec = Field(
         ObjectiveSpec.model_validate("grl"),
-        description="cl | sft | dpo | grl, or a mapping {preset: grl, temperature: 0.02, ...}.",
+        description="cl | sft | dpo | grl | genc, or a mapping {preset: grl, temperature: 0.02, ...}.",
     )
     data: Annotated[tuple[SourceSpec, ...], Field(strict=False, min_length=1)] = Field(
         description="Where training rows come from."
@@ -177,6 +241,7 @@ class TrainSpec(Section):
     )
     workers: WorkersSpec = Field(WorkersSpec(), description="Ray Train workers.")
     deepspeed: DeepSpeedSpec = Field(DeepSpeedSpec(), description="DeepSpeed engine.")
+    validation: ValidationSpec | None = Field(None, description="Retrieval quality on held-out queries while training runs.")
     checkpoint_every_steps: PositiveInt = Field(50, description="Steps between two checkpoints.")
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
     max_failures: Annotated[int, Field(ge=0)] = Field(
