@@ -135,10 +135,38 @@ BROKEN = {
         TRAIN + "  workers: {num_workers: 16}\n  global_batch_size: 8\n", 6, ("8 does not divide over 16 ranks", "use 16,")
     ),
     "nothing to learn": Broken(
-        TRAIN + "  objective:\n    preset: cl\n    contrastive_weight: 0\n", 5, ("train.objective", "all three weights 0")
+        TRAIN + "  objective:\n    preset: cl\n    contrastive_weight: 0\n", 5, ("train.objective", "has all weights 0")
     ),
     "DPO without negatives": Broken(
         TRAIN + "  objective: dpo\n  negatives_per_query: 0\n", 6, ("train.negatives_per_query = 0", "objective dpo")
+    ),
+    "distillation without negatives": Broken(
+        TRAIN + "  objective: {preset: cl, distill_weight: 1}\n  negatives_per_query: 0\n",
+        6,
+        ("train.negatives_per_query = 0",),
+    ),
+    "Matryoshka weights for other dims": Broken(
+        TRAIN + "  objective: {preset: cl, matryoshka: {dims: [64, 32], weights: [1.0]}}\n", 5, ("are 1 for 2 dims",)
+    ),
+    "an adapter with nothing to do": Broken(
+        "name: docs\nmodel: {base: m, lora: {adapters: separate}}\ntrain:\n  data: [{path: p}]\n  objective: cl\n",
+        2,
+        ("= separate has an adapter",),
+    ),
+    "4 bits without a GPU": Broken(
+        "name: docs\nmodel: {base: m, lora: {quantize_base: nf4}}\ntrain: {data: [{path: p}]}\n", 2, ("runs on a GPU only",)
+    ),
+    "4 bits sharded": Broken(
+        "name: docs\nmodel: {base: m, lora: {quantize_base: nf4}}\n"
+        "train: {data: [{path: p}], workers: {gpus_per_worker: 1}, deepspeed: {zero_stage: 3}}\n",
+        2,
+        ("= nf4 weights cannot be sharded",),
+    ),
+    "optimizer offloaded from no shard": Broken(
+        TRAIN + "  deepspeed: {zero_stage: 0, offload_optimizer: true}\n", 5, ("use zero_stage 1, 2 or 3",)
+    ),
+    "parameters offloaded from no shard": Broken(
+        TRAIN + "  deepspeed: {zero_stage: 2, offload_parameters: true}\n", 5, ("use zero_stage 3",)
     ),
     "adapter_off without LoRA": Broken(
         TRAIN + "  objective: {preset: dpo, reference: adapter_off}\n", 5, ("= adapter_off needs model.lora",)
