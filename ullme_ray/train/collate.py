@@ -12,6 +12,7 @@ from torch import Tensor
 from ullme_ray.model.encode import TokenBatch, pad_batch
 from ullme_ray.model.tokenizing import TextTokenizer
 from ullme_ray.model.two_pass import GenerationBatch
+from ullme_ray.spec.job import PromptsSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Example:
     query: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
+    scores: tuple[float, ...] | None = None  # a teacher's, of `passages`
+    prompts: PromptsSpec | None = None  # of the row's source; None: the model's own
+    in_batch_negatives: bool = True  # whether passages of other rows count as negatives
 
     @property
     def passages(self) -> tuple[str, ...]:
