@@ -157,7 +157,7 @@ def _shape(job: JobSpec) -> _Shape:
     parameters = trainable = _count(model)
     if job.model.lora is not None:
         from ullme_ray.model.dropout import RowSeeds
-        from ullme_ray.model.two_pass import add_lora
+        from ullme_ray.model.adapters import add_lora
 
         with torch.device("meta"):
             trainable = _count(add_lora(model, job.model.lora, RowSeeds()), trained_only=True)

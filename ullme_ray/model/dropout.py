@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -33,10 +31,6 @@ class RowSeeds:
             yield
         finally:
             self.current = before
-
-    def checkpoint_contexts(self) -> tuple[Any, Any]:
-        """For torch.utils.checkpoint's context_fn: the recomputation sees the seeds that the first computation saw."""
-        return contextlib.nullcontext(), self.use(self.current)
 
 
 class RowDropout(nn.Module):

@@ -53,6 +53,12 @@ class TextTokenizer:
                     f"{max_tokens}; shorten the prompt or raise model.max_tokens"
                 )
 
+    def with_prompts(self, query: str, passage: str) -> TextTokenizer:
+        """The same tokenizer with other prompts."""
+        if self.prompts == {"query": query, "passage": passage}:
+            return self
+        return TextTokenizer(self.hf, max_tokens=self.max_tokens, query_prompt=query, passage_prompt=passage)
+
     @property
     def pad_id(self) -> int:
         """Filler for padding. Its value never matters: padding is masked everywhere."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ullme_ray.errors import ModelError
+from ullme_ray.model.adapters import AdapterSwitch, add_lora
 from ullme_ray.model.backbone import load_causal_lm
-from ullme_ray.model.dropout import RowSeeds, replace_dropout
+from ullme_ray.model.dropout import RowSeeds
 from ullme_ray.model.encode import TokenBatch, accepts, encode_batch, forward_inputs
-from ullme_ray.spec.job import LoraSpec, ModelSpec
+from ullme_ray.spec.job import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class TwoPassModel(nn.Module):
     Args:
         lm: a causal language model, plain or wrapped by peft.
         pooling: of the encode pass.
-        reference: of DPO: `adapter_off`, `frozen_copy` or `none`.
+        reference: scored within the forward call: `adapter_off`, `frozen_copy` or `none`.
     """
 
     def __init__(self, lm: Any, *, pooling: str, reference: str, seeds: RowSeeds) -> None:
@@ -82,6 +84,7 @@ class TwoPassModel(nn.Module):
         self.pooling = pooling
         self.reference = reference
         self.seeds = seeds
+        self.adapters = AdapterSwitch(lm)
         # In a list, so that it is no submodule: nothing of it is trained, sharded or saved.
         self._frozen: list[Any] = [copy.deepcopy(lm).requires_grad_(False).eval()] if reference == "frozen_copy" else []
 
@@ -118,7 +121,7 @@ class TwoPassModel(nn.Module):
             passage_embedding = encode_batch(backbone, passages, self.pooling)
         if generation is None:
             return query_embedding, passage_embedding, None, None, None
-        with self.seeds.use(seeds[2]):
+        with self.seeds.use(seeds[2]), self.adapters.use(self.adapters.generate):
             logps = passage_logps(self.causal_lm, generation)
         reference = self._reference_logps(generation) if with_reference and self.reference != "none" else None
         return query_embedding, passage_embedding, logps.total, logps.mean, reference
@@ -128,35 +131,17 @@ class TwoPassModel(nn.Module):
         if self.reference == "frozen_copy":
             frozen = self._frozen[0].to(generation.input_ids.device)
             return passage_logps(frozen, generation).total
-        was_training = self.training
-        self.lm.eval()
-        try:
-            with self.lm.disable_adapter():
-                return passage_logps(self.causal_lm, generation).total
-        finally:
-            self.lm.train(was_training)
+        with self.adapters.use(None):  # no adapter, so no dropout either: model/backbone.py turned off the base's own
+            return passage_logps(self.causal_lm, generation).total
 
+    def checkpoint_contexts(self) -> tuple[Any, Any]:
+        """For torch.utils.checkpoint's context_fn: the recomputation sees the seeds and the adapter of the first time."""
+        return contextlib.nullcontext(), self._again(self.seeds.current, self.adapters.current)
 
-def add_lora(lm: Any, lora: LoraSpec, seeds: RowSeeds) -> Any:
-    """Wraps a model with LoRA on all its linear layers but the head; everything else is frozen.
-
-    Raises:
-        ModelError: peft cannot adapt this family with these settings.
-    """
-    import peft
-
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    try:
-        wrapped = peft.get_peft_model(lm, config)
-    except ValueError as error:  # such as experts held in one tensor, which peft adapts without dropout only
-        raise ModelError(
-            f"model.lora does not fit model family {lm.config.model_type}: {str(error).splitlines()[0]}; "
-            f"set model.lora.dropout: 0, or remove model.lora"
-        ) from error
-    replace_dropout(wrapped, seeds)
-    return wrapped
+    @contextlib.contextmanager
+    def _again(self, seeds: Tensor | None, adapter: str | None) -> Iterator[None]:
+        with self.seeds.use(seeds), self.adapters.use(adapter):
+            yield
 
 
 def build_two_pass(
@@ -172,7 +157,8 @@ def build_two_pass(
 
     Args:
         folder: local model folder.
-        reference: `auto`, `adapter_off`, `frozen_copy` or `none`; auto is adapter_off with LoRA, else frozen_copy.
+        reference: `auto`, `adapter_off`, `frozen_copy`, `precomputed` or `none`; auto is adapter_off with LoRA, else
+            frozen_copy. Scores that are `precomputed` come with the batch.
         dtype: of the weights, over `model.dtype`.
         seed: of the LoRA matrices' start.
 
@@ -194,14 +180,9 @@ def build_two_pass(
             gradient_checkpointing_kwargs={
                 "use_reentrant": False,
                 "preserve_rng_state": False,  # nothing here draws from a random state
-                "context_fn": seeds.checkpoint_contexts,
+                "context_fn": module.checkpoint_contexts,
             }
         )
         if model.lora is not None:
             causal_lm.enable_input_require_grads()
     return module.train()
-
-
-def merge_lora(module: TwoPassModel) -> Any:
-    """The causal language model with its adapter folded into the weights."""
-    return module.lm.merge_and_unload() if module.lm is not module.causal_lm else module.lm

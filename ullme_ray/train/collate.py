@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ class TrainBatch:
     passage_keys: Tensor  # (B, K)
     rows: Tensor  # (B,) numbers in the global batch
     num_positives: int
+    teacher_scores: Tensor | None = None  # (B, K)
+    reference_logps: Tensor | None = None  # (B, K) summed, where they were computed before training
+    in_batch_negatives: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,32 +68,31 @@ class TrainBatch:
 
     def _slice(self, start: int, stop: int) -> TrainBatch:
         first, last = start * self.num_passages, stop * self.num_passages
-        return TrainBatch(
+        own = slice(start, stop)
+        return replace(
+            self,
             queries=self.queries.rows(start, stop),
             passages=self.passages.rows(first, last),
             generation=self.generation.rows(first, last) if self.generation is not None else None,
-            query_keys=self.query_keys[start:stop],
-            passage_keys=self.passage_keys[start:stop],
-            rows=self.rows[start:stop],
-            num_positives=self.num_positives,
+            query_keys=self.query_keys[own],
+            passage_keys=self.passage_keys[own],
+            rows=self.rows[own],
+            teacher_scores=self.teacher_scores[own] if self.teacher_scores is not None else None,
+            reference_logps=self.reference_logps[own] if self.reference_logps is not None else None,
         )
 
     def to(self, device: torch.device | str) -> TrainBatch:
-        return TrainBatch(
-            queries=self.queries.to(device),
-            passages=self.passages.to(device),
-            generation=self.generation.to(device) if self.generation is not None else None,
-            query_keys=self.query_keys.to(device),
-            passage_keys=self.passage_keys.to(device),
-            rows=self.rows.to(device),
-            num_positives=self.num_positives,
-        )
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in held.items() if hasattr(value, "to")})
 
 
 def collate(
     examples: Sequence[Example], tokenizer: TextTokenizer, *, with_generation: bool, max_generation_tokens: int
 ) -> TrainBatch:
-    """Tokenizes and pads one rank's examples; all have the same P and N."""
+    """Tokenizes and pads one rank's examples; all have the same P and N and come from one source."""
+    prompts = examples[0].prompts
+    if prompts is not None:
+        tokenizer = tokenizer.with_prompts(prompts.query, prompts.passage)
     queries = tokenizer.tokenize([e.query for e in examples], "query")
     flat = [(e.query, passage) for e in examples for passage in e.passages]  # B*K, row-major
     passages = tokenizer.tokenize([passage for _, passage in flat], "passage")
@@ -107,6 +109,8 @@ def collate(
         passage_keys=torch.tensor([[text_key(passage) for passage in e.passages] for e in examples]),
         rows=torch.tensor([e.row for e in examples]),
         num_positives=len(examples[0].positives),
+        teacher_scores=torch.tensor([e.scores for e in examples]) if examples[0].scores is not None else None,
+        in_batch_negatives=examples[0].in_batch_negatives,
     )
 
 

@@ -15,7 +15,8 @@ from ullme_ray import storage
 from ullme_ray.model.backbone import DTYPES, base_folder
 from ullme_ray.model.encoder import open_tokenizer
 from ullme_ray.model.export import export_encoder
-from ullme_ray.model.two_pass import build_two_pass, merge_lora
+from ullme_ray.model.adapters import ENCODE, merge_lora
+from ullme_ray.model.two_pass import build_two_pass
 from ullme_ray.pairs import read_sources
 from ullme_ray.spec.job import JobSpec, TrainSpec
 from ullme_ray.spec.run_folder import RunFolder
@@ -56,7 +57,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     module = build_two_pass(
         base_folder(job),
         job.model,
-        reference=train.objective.reference if train.objective.generation == "dpo" else "none",
+        reference=train.objective.reference if train.objective.needs_reference else "none",
         gradient_checkpointing=train.gradient_checkpointing,
         seed=job.seed,
     )
@@ -141,9 +142,9 @@ def _export(engine: DeepSpeedEngine, job: JobSpec) -> None:
     assert not set(weights) & set(missing), missing
     with tempfile.TemporaryDirectory() as local:
         if job.model.lora is not None:
-            module.lm.save_pretrained(f"{local}/adapter")
+            module.lm.save_pretrained(f"{local}/adapter", selected_adapters=[ENCODE])
             storage.put_folder(f"{local}/adapter", storage.join(run.root, "adapter"))
-        backbone = merge_lora(module).base_model.to(DTYPES[job.model.dtype])
+        backbone = merge_lora(module.lm).base_model.to(DTYPES[job.model.dtype])
         training = {
             "objective": job.train.objective.preset,
             "steps": job.train.max_steps,
