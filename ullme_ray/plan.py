@@ -156,8 +156,8 @@ def _shape(job: JobSpec) -> _Shape:
         notes.append(f"the vocabulary has at most {job.model.scratch.vocab_size:,} tokens; fewer if the texts are few")
     parameters = trainable = _count(model)
     if job.model.lora is not None:
-        from ullme_ray.model.dropout import RowSeeds
         from ullme_ray.model.adapters import add_lora
+        from ullme_ray.model.dropout import RowSeeds
 
         with torch.device("meta"):
             trainable = _count(add_lora(model, job.model.lora, RowSeeds()), trained_only=True)

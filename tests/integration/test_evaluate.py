@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from ullme_ray import storage
 from ullme_ray.errors import DataError, ModelError
 from ullme_ray.evaluate import encoding, preflight, run_evaluate
-from ullme_ray.evaluate.metrics import mean_scores, score_run
 from ullme_ray.model import encoder_fingerprint, open_encoder
 from ullme_ray.progress import Progress
+from ullme_ray.retrieval.metrics import mean_scores, score_run
 from ullme_ray.sample_data import ensure_dataset
 from ullme_ray.spec import JobSpec, RunFolder
 
@@ -46,7 +46,7 @@ def job(tiny_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobS
 
 def expected_measures(job: JobSpec) -> dict[str, float]:
     """The same by the simplest means: encode everything here, sort every score."""
-    from ullme_ray.evaluate.local_set import read_local_set
+    from ullme_ray.retrieval.local_set import read_local_set
 
     heldout = read_local_set(f"{RunFolder.of(job).data}/heldout")
     encoder = open_encoder(job)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ullme_ray.errors import DataError
-from ullme_ray.evaluate.local_set import read_local_set
+from ullme_ray.retrieval.local_set import read_local_set
 
 CORPUS = '{"_id": "a", "title": "T", "text": "alpha"}\n\n{"_id": "b", "text": "beta"}\n{"_id": 3, "title": "", "text": " "}\n'
 QUERIES = '{"_id": "q1", "text": "one"}\n{"_id": "q2", "text": "two"}\n{"_id": "q3", "text": "three"}\n'

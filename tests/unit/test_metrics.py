@@ -7,7 +7,7 @@ import random
 import pytest
 import pytrec_eval
 
-from ullme_ray.evaluate.metrics import mean_scores, rank, score_run
+from ullme_ray.retrieval.metrics import mean_scores, rank, score_run
 
 K = 10
 THEIRS = {f"ndcg@{K}": f"ndcg_cut_{K}", f"recall@{K}": f"recall_{K}", "map": "map", "mrr": "recip_rank", "ndcg": "ndcg"}

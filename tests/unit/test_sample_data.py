@@ -10,7 +10,7 @@ import pytest
 
 from ullme_ray import storage
 from ullme_ray.errors import DataError
-from ullme_ray.evaluate.local_set import read_local_set
+from ullme_ray.retrieval.local_set import read_local_set
 from ullme_ray.sample_data import MIN_PASSAGE_CHARS, Pair, build_files, ensure_dataset, read_api_docs, split_documentation
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import DatasetSpec

@@ -7,8 +7,8 @@ import pytest
 
 from ullme_ray.errors import DataError
 from ullme_ray.evaluate import topk
-from ullme_ray.evaluate.metrics import rank
-from ullme_ray.evaluate.topk import top_k
+from ullme_ray.retrieval.metrics import rank
+from ullme_ray.retrieval.topk import top_k
 
 
 def whole_numbers(rows: int, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import bm25s
 import numpy as np
 
-from ullme_ray.evaluate.topk import best_of
+from ullme_ray.retrieval.topk import best_of
 
 FINGERPRINT = f"bm25s-{importlib.metadata.version('bm25s')}-lucene-k1=1.5-b=0.75-english"
 

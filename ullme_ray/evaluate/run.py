@@ -17,12 +17,12 @@ from ullme_ray import storage
 from ullme_ray.errors import UllmeError
 from ullme_ray.evaluate import bm25
 from ullme_ray.evaluate.encoding import EncoderPool
-from ullme_ray.evaluate.local_set import LocalSet, read_local_set
-from ullme_ray.evaluate.metrics import Run, mean_scores, score_run
 from ullme_ray.evaluate.report import EvaluationReport, ModelScores, SetScores
-from ullme_ray.evaluate.topk import top_k
 from ullme_ray.model import encoder_fingerprint, ensure_base
 from ullme_ray.progress import Progress
+from ullme_ray.retrieval.local_set import LocalSet, read_local_set
+from ullme_ray.retrieval.metrics import Run, mean_scores, score_run
+from ullme_ray.retrieval.topk import top_k
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import EvaluateSpec
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ullme_ray import storage
+from ullme_ray.model.adapters import ENCODE, merge_lora
 from ullme_ray.model.backbone import DTYPES, base_folder
 from ullme_ray.model.encoder import open_tokenizer
 from ullme_ray.model.export import export_encoder
-from ullme_ray.model.adapters import ENCODE, merge_lora
 from ullme_ray.model.two_pass import build_two_pass
 from ullme_ray.pairs import read_sources
 from ullme_ray.spec.job import JobSpec, TrainSpec
