@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ullme_ray.errors import DataError
-from ullme_ray.evaluate import topk
+from ullme_ray.retrieval import topk
 from ullme_ray.retrieval.metrics import rank
 from ullme_ray.retrieval.topk import top_k
 

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from ullme_ray.errors import DataError, EmbedError, ServeError, UllmeError
-from ullme_ray.evaluate import topk
 from ullme_ray.model import open_encoder
+from ullme_ray.retrieval import topk
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import EmbedSpec
 from ullme_ray.table import PROVENANCE_KEY, id_column, open_table
