@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ullme_ray.errors import TrainingError
-from ullme_ray.losses import alignment_kl, candidate_masks, dpo, infonce, sft
+from ullme_ray.losses import Candidates, alignment_kl, contrastive_loss, dpo, sft
 from ullme_ray.model.dropout import row_seeds
 from ullme_ray.spec.job import ObjectiveSpec
 from ullme_ray.train.collate import TrainBatch
@@ -155,15 +155,15 @@ def _forward(
 def _contrastive_sum(queries: Tensor, passages: Tensor, batch: TrainBatch, objective: ObjectiveSpec) -> Tensor:
     """Sum over this rank's queries of their loss against the passages of all ranks."""
     rank, _ = world()
-    masks = candidate_masks(
+    candidates = Candidates(
         all_gather(batch.query_keys),
         all_gather(batch.passage_keys),
         first_row=rank * len(batch),
         num_rows=len(batch),
         num_positives=batch.num_positives,
     )
-    everywhere = all_gather_with_grad(passages.flatten(0, 1))  # (W*B*K, D), column i*K + j as in the masks
-    return infonce(queries, everywhere, masks, temperature=objective.temperature).sum()
+    everywhere = all_gather_with_grad(passages.flatten(0, 1))  # (W*B*K, D), column i*K + j as in the candidates
+    return contrastive_loss(queries, everywhere, candidates, temperature=objective.temperature).sum()
 
 
 def _chunk_sums(out: ChunkOutput, chunk: TrainBatch, objective: ObjectiveSpec) -> tuple[Tensor, Tensor]:
