@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
 _RATE_WINDOW_S = 60.0
@@ -31,7 +33,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self._meter = _Meter(total)
-        self._bar: RichProgress | None = None
+        self._bar: _Bar | None = None
         self._next_line_at = 0.0
         self._last_line = ""
         self._line = ""
@@ -39,7 +41,7 @@ class Progress:
     def __enter__(self) -> Progress:
         console = Console(stderr=True)
         if console.is_terminal:
-            self._bar = RichProgress(
+            self._bar = _Bar(
                 TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), console=console
             )
             self._task = self._bar.add_task(escape(self.title), total=self.total, status="")
@@ -49,9 +51,11 @@ class Progress:
     def update(self, done: int, **figures: float | int | str) -> None:
         """Says how much is done in all (the first call may start above 0, after a resume), with figures to show beside it."""
         self._meter.add(done)
-        status = ", ".join([self._meter.status(self.unit), *(f"{name} {_number(value)}" for name, value in figures.items())])
-        self._line = f"{self.title}: {status}"
+        status = self._meter.status(self.unit)
+        beside = ", ".join(f"{name} {_number(value)}" for name, value in figures.items())
+        self._line = f"{self.title}: {status}" + (f", {beside}" if beside else "")
         if self._bar is not None:
+            self._bar.figures = beside
             self._bar.update(self._task, completed=done, status=escape(status))
             return
         now = time.monotonic()
@@ -76,6 +80,17 @@ class Progress:
             self._bar.stop()
         else:
             self._print_line()  # where it stopped, also when it broke off between two lines
+
+
+class _Bar(RichProgress):
+    """The bar, and below it a line with the figures, for both do not fit into one line of a terminal."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.figures:
+            yield Text(self.figures, style="dim")
 
 
 class _Meter:

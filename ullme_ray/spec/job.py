@@ -248,6 +248,9 @@ class TrainSpec(Section):
         3, description="Worker deaths survived by restarting from the last checkpoint."
     )
     log_every_steps: PositiveInt = Field(1, description="Steps between two lines of metrics.")
+    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], Field(strict=False)] = Field(
+        (), description="Services that get the metrics as well; absent means that nothing leaves the machine."
+    )
 
     @property
     def warmup_steps(self) -> int:

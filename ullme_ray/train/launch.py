@@ -20,6 +20,8 @@ from ullme_ray.progress import Progress
 from ullme_ray.spec import JobSpec, RunFolder, parse_job
 from ullme_ray.spec.run_folder import dump_job
 from ullme_ray.train.checkpoint import check_resumable, list_checkpoints
+from ullme_ray.train.curves import write_curves
+from ullme_ray.train.trackers import Trackers, check_trackers
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TrainResult:
 
 
 def preflight(job: JobSpec) -> None:
-    """Before long work: base model, training data, writable storage, resumable checkpoint.
+    """Before long work: base model, training data, writable storage, trackers, resumable checkpoint.
 
     Raises:
         UllmeError: with the reason.
@@ -42,6 +44,7 @@ def preflight(job: JobSpec) -> None:
     _check_tokenizer(job)
     storage.check_writable(RunFolder.of(job).root)
     check_sources(job)
+    check_trackers(job)
     for checkpoint in list_checkpoints(job)[-1:]:
         check_resumable(job, checkpoint)
 
@@ -97,15 +100,25 @@ def run_train(job: JobSpec) -> TrainResult:
         bar.note(batch_arithmetic(job))
         if steps_done:
             bar.note(f"resumes after step {steps_done}")
-        with _Watcher(mailbox, bar) as watcher:
-            try:
-                trainer.fit()
-            except ray.train.TrainingFailedError as error:
-                raise _home(error, mailbox) from None
-        failure = ray.get(mailbox.failure.remote())
-        if failure is not None:
-            raise failure
+        try:
+            with Trackers(job, bar.note, steps_done=steps_done) as trackers, _Watcher(mailbox, bar, trackers) as watcher:
+                try:
+                    trainer.fit()
+                except ray.train.TrainingFailedError as error:
+                    raise _home(error, mailbox) from None
+                failure = ray.get(mailbox.failure.remote())
+                if failure is not None:
+                    raise failure
+        finally:
+            _draw_curves(job, bar)  # also of a run that broke off: there they are wanted most
     return TrainResult(run.export, train.max_steps, already_done=False, final=watcher.last)
+
+
+def _draw_curves(job: JobSpec, bar: Progress) -> None:
+    try:
+        write_curves(job)
+    except Exception as error:  # noqa: BLE001 - a picture must never cost a trained model, nor hide why a run failed
+        bar.note(f"the curves could not be drawn: {type(error).__name__}: {error}")
 
 
 def batch_arithmetic(job: JobSpec) -> str:
@@ -170,11 +183,12 @@ class _Mailbox:
 
 
 class _Watcher:
-    """A thread that moves records from the mailbox to the progress bar while `fit` blocks."""
+    """A thread that moves records from the mailbox to the progress bar and the trackers while `fit` blocks."""
 
-    def __init__(self, mailbox: Any, bar: Progress) -> None:
+    def __init__(self, mailbox: Any, bar: Progress, trackers: Trackers) -> None:
         self.mailbox = mailbox
         self.bar = bar
+        self.trackers = trackers
         self.last: dict[str, Any] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="train-progress", daemon=True)
@@ -194,20 +208,31 @@ class _Watcher:
                 if "note" in record:
                     self.bar.note(record["note"])
                     continue
-                self.last = record
-                self.bar.update(
-                    record["step"],
-                    loss=round(record["loss"], 4),
-                    con=round(record["contrastive_loss"], 4),
-                    gen=round(record["generation_loss"], 4),
-                    align=round(record["alignment_loss"], 4),
-                    grad=round(record["grad_norm"], 3),
-                    lr=f"{record['learning_rate']:.2e}",
-                    tokens_per_s=round(record["tokens_per_s"]),
-                    mfu=f"{record['mfu']:.1%}",
-                )
+                self.last |= record
+                self.bar.update(record["step"], **shown_figures(self.last))
+                self.trackers.write(record)
             if stopping:
                 return
+
+
+_SHORT = {"contrastive_loss": "con", "generation_loss": "gen", "alignment_loss": "align"}
+
+
+def shown_figures(record: dict[str, Any]) -> dict[str, str]:
+    """The figures of a record, short enough for a line of 100 columns; a loss of exactly 0 belongs to no term of the job."""
+    parts = {_SHORT.get(name, name.removesuffix("_loss")): value for name, value in record.items() if name.endswith("_loss")}
+    shown = {"loss": f"{record['loss']:.3f}"} if "loss" in record else {}
+    shown |= {name: f"{value:.3f}" for name, value in parts.items() if value != 0}
+    shown |= {name.removeprefix("validation_"): f"{record[name]:.3f}" for name in record if name.startswith("validation_")}
+    for name, short, form in (
+        ("grad_norm", "grad", "{:.3g}"),
+        ("learning_rate", "lr", "{:.1e}"),
+        ("tokens_per_s", "tokens/s", "{:,.0f}"),
+        ("mfu", "MFU", "{:.0%}" if record.get("mfu", 0.0) >= 0.1 else "{:.1%}"),
+    ):
+        if name in record:
+            shown[short] = form.format(record[name])
+    return shown
 
 
 def _home(error: Exception, mailbox: Any) -> UllmeError:

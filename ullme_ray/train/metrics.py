@@ -56,6 +56,13 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+def read_records(folder: str) -> list[dict[str, Any]]:
+    """The records of a metrics folder in the order of their steps; lines that a crash cut off are left out."""
+    path = storage.join(folder, "train.jsonl")
+    lines = storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else []
+    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
+
+
 class MetricsLog:
     """`train.jsonl` and TensorBoard events in the run's metrics folder. On resume, records after the checkpoint are dropped."""
 
