@@ -59,7 +59,7 @@ def objective(preset: str) -> ObjectiveSpec:
     return ObjectiveSpec.model_validate({"preset": preset, "detach_gen": False})
 
 
-def plain_gradient(module: TwoPassModel, batch: TrainBatch, spec: ObjectiveSpec) -> dict[str, Tensor]:
+def plain_gradient(module: TwoPassModel, batch: TrainBatch, spec: ObjectiveSpec, *, generate: bool = True) -> dict[str, Tensor]:
     """The loss of METHOD in one graph: no chunks, no cached gradients, the contrastive loss by loops."""
     rows = batch.rows.repeat_interleave(batch.num_passages)
     slots = torch.arange(batch.num_passages).repeat(len(batch))
@@ -69,7 +69,11 @@ def plain_gradient(module: TwoPassModel, batch: TrainBatch, spec: ObjectiveSpec)
         row_seeds(SEED, STEP, rows, 2) + slots,
     )
     q, flat, logps, mean_logps, reference = module(
-        batch.queries, batch.passages, batch.generation, seeds=seeds, with_reference=spec.generation == "dpo"
+        batch.queries,
+        batch.passages,
+        batch.generation if generate else None,
+        seeds=seeds,
+        with_reference=spec.generation == "dpo",
     )
     p = flat.view(len(batch), batch.num_passages, -1)
     shape = p.shape[:2]

@@ -146,12 +146,13 @@ def _shape(job: JobSpec) -> _Shape:
         ModelError: the model's config cannot be had.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from ullme_ray.model.family import training_class
 
     notes = []
     config = _config(job)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=job.model.trust_remote_code)
+        model = training_class(config).from_config(config, trust_remote_code=job.model.trust_remote_code)
     if job.model.base == "scratch":
         notes.append(f"the vocabulary has at most {job.model.scratch.vocab_size:,} tokens; fewer if the texts are few")
     parameters = trainable = _count(model)

@@ -13,7 +13,9 @@ from typing import Any
 from torch import nn
 
 from ullme_ray.errors import ModelError
+from ullme_ray.model.backbone import unused_modules
 from ullme_ray.model.dropout import RowSeeds, replace_dropout
+from ullme_ray.model.family import generates
 from ullme_ray.spec.job import LoraSpec
 
 ENCODE = "default"  # peft saves an adapter of this name in the folder itself, where every reader looks for it
@@ -59,8 +61,14 @@ def add_lora(lm: Any, lora: LoraSpec, seeds: RowSeeds) -> Any:
     """
     import peft
 
+    unused = [name for name, _ in lm.named_modules() if name.split(".")[0] in unused_modules(lm)]
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        exclude_modules=unused or None,
+        task_type="CAUSAL_LM" if generates(lm.config) else "FEATURE_EXTRACTION",
     )
     try:
         wrapped = peft.get_peft_model(lm, config, adapter_name=ENCODE)

@@ -1,4 +1,4 @@
-"""Loading decoders: where the files are, how they attend, and what is refused.
+"""Loading backbones: where the files are, how they attend, and what is refused.
 
 Everything is loaded from a local folder of safetensors; hub names and s3:// folders are fetched first.
 """
@@ -6,12 +6,14 @@ Everything is loaded from a local folder of safetensors; hub names and s3:// fol
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ullme_ray import storage
 from ullme_ray.errors import ModelError, StorageError
+from ullme_ray.model.family import backbone_class, check_length, check_objective, generates, training_class
 from ullme_ray.model.probe import probe_attention
 from ullme_ray.spec.job import JobSpec, ModelSpec
 from ullme_ray.spec.run_folder import RunFolder
@@ -75,7 +77,7 @@ def load_config(folder: str, *, trust_remote_code: bool = False) -> Any:
     for key, value in list(vars(config).items()):
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
-    if getattr(config, "is_causal", None) is False:
+    if getattr(config, "is_causal", None) is False and generates(config):
         config.is_causal = True  # an export of ours: both passes must be possible, and encode asks at each call
     return config
 
@@ -84,22 +86,27 @@ def _backends(attention: str) -> tuple[str, ...]:
     return ("sdpa", "eager") if attention == "auto" else (attention,)
 
 
-def _load(auto_class: Any, folder: str, model: ModelSpec, dtype: torch.dtype, device: str) -> Any:
+def _load(pick_class: Callable[[Any], Any], folder: str, model: ModelSpec, dtype: torch.dtype, device: str) -> Any:
     config = load_config(folder, trust_remote_code=model.trust_remote_code)
+    auto_class = pick_class(config)
     last_error: Exception | None = None
     for backend in _backends(model.attention):
         try:
-            module = auto_class.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=backend,
-                use_safetensors=True,
-                trust_remote_code=model.trust_remote_code,
-                local_files_only=True,
-            ).to(device)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # a module that the folder has no weights for (BERT's pooler) is the same every time
+                module = auto_class.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation=backend,
+                    use_safetensors=True,
+                    trust_remote_code=model.trust_remote_code,
+                    local_files_only=True,
+                ).to(device)
             backbone = module.base_model if hasattr(module, "lm_head") or module.base_model is not module else module
             probe_attention(backbone, config.get_text_config().vocab_size)
+            for name in unused_modules(backbone):
+                backbone.get_submodule(name).requires_grad_(False)
         except ModelError as error:
             last_error = error
         except (OSError, ValueError, ImportError) as error:  # no sdpa in this family, no safetensors, no flash-attn
@@ -112,36 +119,51 @@ def _load(auto_class: Any, folder: str, model: ModelSpec, dtype: torch.dtype, de
 
 
 def load_backbone(folder: str, model: ModelSpec, *, device: str = "cpu") -> Any:
-    """The decoder without its language-model head, probed, in eval mode.
+    """The model without its language-model head, probed, in eval mode.
 
     Raises:
         ModelError: it cannot be loaded, or cannot attend both ways.
     """
-    from transformers import AutoModel
-
-    return _load(AutoModel, folder, model, DTYPES[model.dtype], device)
+    return _load(backbone_class, folder, model, DTYPES[model.dtype], device)
 
 
 def load_causal_lm(folder: str, model: ModelSpec, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """The decoder with its language-model head, probed, in eval mode; `dtype` over the job's (fp32 master weights)."""
-    from transformers import AutoModelForCausalLM
+    """The model as training has it, probed, in eval mode: a decoder with its language-model head, or an encoder.
 
-    return _load(AutoModelForCausalLM, folder, model, dtype or DTYPES[model.dtype], device)
+    Args:
+        dtype: over the job's (fp32 master weights).
+    """
+    return _load(training_class, folder, model, dtype or DTYPES[model.dtype], device)
+
+
+def unused_modules(backbone: Any) -> list[str]:
+    """Names of modules that hidden states do not pass through: BERT's pooler, which would never get a gradient."""
+    return [name for name, _ in backbone.named_children() if name == "pooler"]
+
+
+def first_position(backbone: Any, config: Any) -> int:
+    """Position of a text's first token: the padding id + 1 where the table of positions has a padding row (RoBERTa)."""
+    tables = [m for name, m in backbone.named_modules() if "position" in name and isinstance(m, torch.nn.Embedding)]
+    return (config.pad_token_id or 0) + 1 if any(table.padding_idx is not None for table in tables) else 0
 
 
 def check_family(config: Any, model: ModelSpec) -> str:
+    """The attention backend with which the family is an embedder, see `try_family`."""
+    return try_family(config, model)[0]
+
+
+def try_family(config: Any, model: ModelSpec) -> tuple[str, int]:
     """Probes a two-layer random model of the same family, in a second and without its weights.
 
     Returns:
-        The attention backend that passed.
+        The attention backend that passed, and the position of a text's first token.
 
     Raises:
         ModelError: the family cannot be an embedder.
     """
     import copy
 
-    from transformers import AutoModel
-
+    auto_class = backbone_class(config)
     small = copy.deepcopy(config)
     for key, value in {"num_hidden_layers": 2, "vocab_size": 256, "intermediate_size": 64, "pad_token_id": 0}.items():
         if isinstance(getattr(small, key, None), int):
@@ -153,7 +175,7 @@ def check_family(config: Any, model: ModelSpec) -> str:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                backbone = AutoModel.from_config(
+                backbone = auto_class.from_config(
                     small, attn_implementation=backend, trust_remote_code=model.trust_remote_code
                 ).float()
             probe_attention(backbone, small.vocab_size)
@@ -162,13 +184,13 @@ def check_family(config: Any, model: ModelSpec) -> str:
         except (ValueError, ImportError) as error:
             last_error = ModelError(f"model family {config.model_type}: {(str(error).splitlines() or ['refused'])[0]}")
         else:
-            return backend
+            return backend, first_position(backbone, config)
     assert last_error is not None
     raise last_error
 
 
 def check_base(job: JobSpec) -> None:
-    """Before long work: is the base there, a decoder with safetensors, and able to attend both ways?
+    """Before long work: is the base there, with safetensors, able to attend both ways, and fit for this objective and length?
 
     Raises:
         ModelError: with the reason.
@@ -181,4 +203,10 @@ def check_base(job: JobSpec) -> None:
         raise ModelError(
             f"model.base = {job.model.base} holds no .safetensors file; other weight formats can run code and are refused"
         )
-    check_family(config, job.model)
+    check_objective(job, config)
+    _, first = try_family(config, job.model)
+    if job.train or "max_tokens" in job.model.model_fields_set:  # else a sentence-transformers folder may say less
+        check_length("model.max_tokens", job.model.max_tokens, config, first)
+    if job.train and job.train.objective.needs_generation:
+        length = job.train.max_generation_tokens or job.model.max_tokens
+        check_length("train.max_generation_tokens", length, config, first)

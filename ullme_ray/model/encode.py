@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ullme_ray.model.family import generates
 from ullme_ray.model.pooling import pool, pooling_mask
 from ullme_ray.model.tokenizing import Tokens
 
@@ -60,8 +61,15 @@ def accepts(forward: Callable[..., Any], argument: str) -> bool:
 
 
 def forward_inputs(module: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    """Arguments of either pass. Positions count real tokens only, so padding on any side changes nothing."""
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    """Arguments of either pass. Positions count real tokens only, so padding on any side changes nothing.
+
+    Encoders number their tokens themselves, each family in its own way (RoBERTa from its padding id + 1, counted over ids
+    that are no padding id). They are left to it: padding is on the right here, and sentence-transformers does the same.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if not generates(module.config):
+        return inputs
+    inputs["use_cache"] = False
     if accepts(type(module).forward, "position_ids"):
         inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
     return inputs
@@ -71,9 +79,10 @@ def forward_states(backbone: Any, input_ids: Tensor, attention_mask: Tensor, *, 
     """Last hidden states (B, L, D).
 
     Attention goes both ways through the per-call flag, never an attribute of the model: with activation checkpointing the
-    recomputed pass must see the same flag, and it gets the same keyword arguments.
+    recomputed pass must see the same flag, and it gets the same keyword arguments. Encoders have no such flag.
     """
-    flags = {"is_causal": False} if bidirectional else {}
+    assert bidirectional or generates(backbone.config), "an encoder has no causal pass"
+    flags = {"is_causal": False} if bidirectional and generates(backbone.config) else {}
     return backbone(**forward_inputs(backbone, input_ids, attention_mask), **flags).last_hidden_state
 
 

@@ -18,8 +18,9 @@ import torch
 
 from ullme_ray import storage
 from ullme_ray.errors import ModelError, StorageError
-from ullme_ray.model.backbone import base_folder, load_backbone
+from ullme_ray.model.backbone import base_folder, first_position, load_backbone
 from ullme_ray.model.encode import encode_batch, pad_tokens
+from ullme_ray.model.family import check_length
 from ullme_ray.model.tokenizing import PromptName, TextTokenizer, Tokens, load_tokenizer
 from ullme_ray.spec.job import JobSpec, ModelSpec
 from ullme_ray.spec.run_folder import RunFolder
@@ -208,6 +209,7 @@ def load_encoder(folder: str, settings: EncoderSettings, model: ModelSpec, *, de
     """An encoder from a local folder of weights and tokenizer."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = load_backbone(folder, model, device=device)
+    check_length("model.max_tokens", settings.max_tokens, backbone.config, first_position(backbone, backbone.config))
     return Encoder(backbone, _text_tokenizer(folder, settings, model), settings, _fingerprint(folder, settings))
 
 

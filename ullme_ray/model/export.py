@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ullme_ray.model.encoder import _POOLING_KEYS, PROBE_FILE, Encoder, EncoderSettings, load_encoder
+from ullme_ray.model.family import generates, kind_of
 from ullme_ray.spec.job import JobSpec, ModelSpec
 
 _MODULES = [
@@ -33,7 +34,7 @@ def export_encoder(backbone: Any, tokenizer: Any, job: JobSpec, folder: str, *, 
     """Writes the export to a local folder, reads it back, and stores probe vectors.
 
     Args:
-        backbone: the decoder without its head, LoRA merged, on the CPU.
+        backbone: the model without its head, LoRA merged, on the CPU.
         tokenizer: the transformers tokenizer.
         job: gives pooling, prompts, length and dtype.
         folder: an empty local folder.
@@ -46,12 +47,14 @@ def export_encoder(backbone: Any, tokenizer: Any, job: JobSpec, folder: str, *, 
         ModelError: the folder cannot be read back as an embedder.
     """
     settings = EncoderSettings.of(job.model)
-    # Config classes know is_causal; transformers >= 5.2 then attends both ways without being asked at each call.
-    backbone.config.is_causal = False
+    decoder = generates(backbone.config)
+    if decoder:  # transformers >= 5.2 then attends both ways without being asked at each call
+        backbone.config.is_causal = False
     try:
         backbone.save_pretrained(folder)
     finally:
-        backbone.config.is_causal = True
+        if decoder:
+            backbone.config.is_causal = True
     tokenizer.save_pretrained(folder)
     _plain_tokenizer_class(folder, settings.max_tokens)
     dim = int(backbone.config.get_text_config().hidden_size)
@@ -80,7 +83,7 @@ def export_encoder(backbone: Any, tokenizer: Any, job: JobSpec, folder: str, *, 
     encoder = load_encoder(folder, settings, _export_spec(job.model), device="cpu")
     _write_probe(encoder, folder)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
-        stream.write(_model_card(job, dim, encoder.fingerprint, training))
+        stream.write(_model_card(job, backbone.config, encoder.fingerprint, training))
     return encoder
 
 
@@ -116,8 +119,14 @@ def _write_probe(encoder: Encoder, folder: str, texts: Sequence[str] = _PROBE_TE
     _write_json(folder, PROBE_FILE, {"fingerprint": encoder.fingerprint, "entries": entries})
 
 
-def _model_card(job: JobSpec, dim: int, fingerprint: str, training: dict[str, Any]) -> str:
-    model = job.model
+def _model_card(job: JobSpec, config: Any, fingerprint: str, training: dict[str, Any]) -> str:
+    model, kind = job.model, kind_of(config)
+    attention = "Attention goes both ways, as this family always has it."
+    if kind == "decoder":
+        attention = (
+            "Attention goes both ways (`is_causal: false` in config.json), which needs **transformers >= 5.2**: an older one\n"
+            "computes wrong vectors silently."
+        )
     facts = "\n".join(f"| {key} | {value} |" for key, value in training.items())
     return f"""---
 library_name: sentence-transformers
@@ -127,13 +136,12 @@ tags: [sentence-transformers, feature-extraction, ullme, grl]
 
 # {job.name}
 
-A text embedder made from the decoder `{model.base}` with ullme_ray, an implementation of ULLME (arXiv 2408.03402).
-Attention goes both ways (`is_causal: false` in config.json), which needs **transformers >= 5.2**: an older one computes
-wrong vectors silently.
+A text embedder made from the {kind} `{model.base}` with ullme_ray, an implementation of ULLME (arXiv 2408.03402).
+{attention}
 
 | | |
 | --- | --- |
-| vector | {dim} numbers, unit length, cosine similarity |
+| vector | {config.get_text_config().hidden_size} numbers, unit length, cosine similarity |
 | pooling | {model.pooling} over the text's own tokens, prompt left out |
 | longest text | {model.max_tokens} tokens |
 {facts}

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from ullme_ray.errors import ModelError
 from ullme_ray.model.encode import forward_states
+from ullme_ray.model.family import generates
 
 _NUM_TOKENS, _NUM_PADDING = 8, 3
+_ONE_WAY = {True: "ignores is_causal=False", False: "is said to be an encoder, but attends one way"}
 
 
 @torch.no_grad()
 def probe_attention(backbone: Any, vocab_size: int) -> None:
     """Changes the last token and watches the first token's state, with and without padding (METHOD: two passes).
+
+    An encoder is asked for its one pass only.
 
     Raises:
         ModelError: the state does not move in encode mode, moves in generate mode, or padding changes the vectors.
@@ -36,6 +40,8 @@ def probe_attention(backbone: Any, vocab_size: int) -> None:
     padding = torch.zeros(1, _NUM_PADDING, dtype=torch.long)
     padded_mask = torch.cat([full, padding], dim=1)
 
+    passes = (True, False) if generates(backbone.config) else (True,)
+
     was_training = backbone.training
     backbone.eval()
     try:
@@ -43,12 +49,16 @@ def probe_attention(backbone: Any, vocab_size: int) -> None:
         for padded in (False, True):
             mask = (padded_mask if padded else full).to(device)
             one, two = (torch.cat([i, padding], dim=1) if padded else i for i in (ids, changed))
-            for bidirectional in (True, False):
+            for bidirectional in passes:
                 states = forward_states(backbone, one.to(device), mask, bidirectional=bidirectional)[0, :_NUM_TOKENS].float()
                 other = forward_states(backbone, two.to(device), mask, bidirectional=bidirectional)[0, 0].float()
                 moved = _relative_change(states[0], other) > tolerance
                 if moved != bidirectional:
-                    fault = "ignores is_causal=False" if bidirectional else "lets early tokens see later ones in generate mode"
+                    fault = (
+                        _ONE_WAY[generates(backbone.config)]
+                        if bidirectional
+                        else "lets early tokens see later ones in generate mode"
+                    )
                     raise ModelError(
                         f"model family {family} with {backend} attention {fault}"
                         f"{' under padding' if padded else ''}, so it cannot be an embedder here; choose another family"

@@ -53,7 +53,7 @@ class ScratchSpec(Section):
 class ModelSpec(Section):
     base: str = Field(
         min_length=1,
-        description="Hugging Face name, local or s3:// folder of a decoder; `scratch` builds a small one from the job's texts.",
+        description="Hugging Face name, local or s3:// folder of a decoder or encoder; `scratch` makes one from the job's texts.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face name.")
     pooling: Literal["mean", "lasttoken", "cls", "weightedmean"] = Field(
@@ -339,7 +339,7 @@ class JobSpec(Section):
     name: Name = Field(description="Name of the run: lower-case letters, digits and dashes, at most 47.")
     storage: str = Field("runs", min_length=1, description="Local folder or s3:// prefix under which the run's folder is made.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(13, description="Seed of data order, initial weights and dropout.")
-    model: ModelSpec = Field(description="The decoder and how its states become a vector.")
+    model: ModelSpec = Field(description="The backbone and how its states become a vector.")
     dataset: DatasetSpec | None = Field(None, description="A built-in data set, written to run:data before the first stage.")
     train: TrainSpec | None = Field(None, description="Fine-tuning on Ray Train and DeepSpeed.")
     evaluate: EvaluateSpec | None = Field(None, description="Retrieval quality on held-out queries.")
