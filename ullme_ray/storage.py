@@ -218,6 +218,28 @@ def remove(path: str) -> None:
             store.rm_file(name)
 
 
+def cache_folder() -> Path:
+    """A folder of this user on this machine's disk, below TMPDIR, for what can be made again."""
+    folder = Path(tempfile.gettempdir()) / f"ullme_ray_cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def get_file(file: FileInfo, local: str | Path) -> None:
+    """Copies a remote file to a local path.
+
+    Raises:
+        StorageError: it cannot be read, or is no longer as it was listed.
+    """
+    try:
+        with _explained("read", file.path):
+            filesystem(file.path).get_file(file.path, str(local))
+    except FileNotFoundError as error:
+        raise StorageError(f"{file.path} vanished since it was listed; run again") from error
+    if os.path.getsize(local) != file.num_bytes:
+        raise StorageError(f"{file.path} changed while it was read; run again")
+
+
 def fetch_folder(path: str) -> str:
     """A local folder with the files of `path`: itself if local, else a cached copy keyed by the files' versions.
 
@@ -232,10 +254,9 @@ def fetch_folder(path: str) -> str:
     if not files:
         raise StorageError(f"folder {path} is empty or does not exist")
     key = hashlib.sha256(repr([(f.path, f.version) for f in files]).encode()).hexdigest()[:24]
-    target = Path(tempfile.gettempdir()) / "ullme_ray_cache" / key
+    target = cache_folder() / key
     if target.is_dir():
         return str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = tempfile.mkdtemp(dir=target.parent, prefix=".partial-")
     prefix = path.rstrip("/") + "/"
     with _explained("fetch", path):

@@ -23,7 +23,7 @@ from ullme_ray import storage
 from ullme_ray.errors import DataError, ModelError, TrainingError
 from ullme_ray.model import open_encoder
 from ullme_ray.spec import JobSpec
-from ullme_ray.spec.run_folder import dump_job
+from ullme_ray.spec.run_folder import RunFolder, dump_job
 from ullme_ray.train import preflight, run_train
 from ullme_ray.train.checkpoint import list_checkpoints
 
@@ -257,19 +257,22 @@ def test_rows_left_out_are_told(ray_local: None, pairs_file: str, tmp_path: Path
     mixed = tmp_path / "mixed.jsonl"
     with gzip.open(pairs_file, "rt") as stream:
         mixed.write_text(stream.read() + '{"query": "x"}\nnot json\n')
-    run_train(make_job("told", tmp_path, str(mixed), max_steps=1, workers={"num_workers": 1}))
-    assert f"2 of 42 rows left out, first: {mixed} line 41: has no positive passage" in capsys.readouterr().err
+    job = make_job("told", tmp_path, str(mixed), max_steps=1, workers={"num_workers": 1})
+    run_train(job)
+    assert "2 of 42 rows left out (1 x has no positive passage; 1 x is not JSON)" in capsys.readouterr().err
+    rejects = [json.loads(line) for line in Path(RunFolder.of(job).rejects).read_text().splitlines()]
+    assert [(r["file"], r["row"]) for r in rejects] == [(str(mixed), 41), (str(mixed), 42)]
 
 
 def test_errors_come_before_long_work(ray_local: None, tiny_base: str, pairs_file: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"train\.data\.0\.path = .*nowhere.* matches no file"):
+    with pytest.raises(DataError, match=r"train\.data\.0\.path = .*nowhere.* matches no data file"):
         preflight(make_job("a", tmp_path, str(tmp_path / "nowhere*.jsonl")))
     with pytest.raises(ModelError, match="is not a folder"):
         preflight(make_job("b", tmp_path, pairs_file, model={"base": "/no/such/model"}))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "x"}\nnot json\n')
-    with pytest.raises(DataError, match="holds no usable row; 2 were rejected"):
+    with pytest.raises(DataError, match="holds no usable row; all 2 were left out"):
         run_train(make_job("c", tmp_path, str(bad)))
     # An error inside the ranks that no restart can cure comes home as it is, and at once.
-    with pytest.raises(DataError, match="no row has 3 hard negatives"):
+    with pytest.raises(DataError, match="has fewer hard negatives than"):
         run_train(make_job("d", tmp_path, pairs_file, missing_negatives="reject", negatives_per_query=3))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ullme_ray.errors import DataError
-from ullme_ray.pairs import Pair, Source, read_sources
+from ullme_ray.pairs import Pair, Source
 from ullme_ray.spec import JobSpec
 from ullme_ray.train.collate import Example
 from ullme_ray.train.data import BatchSampler
@@ -108,29 +106,3 @@ def test_one_passage_everywhere_is_told_and_does_not_hang() -> None:
     sampler = make_sampler([Source("s", 1.0, [Pair(f"q{i}", ("p",), ()) for i in range(3)])])
     with pytest.raises(DataError, match="no other one was found as negative"):
         sampler.examples(0, 0, 1)
-
-
-def test_rows_that_no_tokenizer_takes_are_rejected_and_the_rest_kept(tmp_path: Path) -> None:
-    rows: list[Any] = [
-        {"query": "good", "positive": "p", "negatives": ["n", "p"]},
-        {"query": "half \ud83d", "positive": "p"},
-        {"query": "q", "positive": "half \ude00"},
-        {"query": "q", "positive": "p", "negative": "\ud800"},
-        {"query": " ", "positive": "p"},
-        {"query": "q", "positives": []},
-        ["q", "p"],
-    ]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
-    (source,) = read_sources(make_job(str(file)))
-    assert source.pairs == [Pair("good", ("p",), ("n",))]
-    assert [reason.partition(" line ")[2].partition(":")[0] for reason in source.rejected] == [
-        "2",
-        "3",
-        "4",
-        "5",
-        "6",
-        "7",
-        "8",
-    ]
-    assert all("half a surrogate pair" in reason for reason in source.rejected[:3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 
@@ -36,7 +37,7 @@ def ensure_base(job: JobSpec) -> None:
         return
     texts: list[str] = []
     for source in read_sources(job):
-        for pair in source.pairs[:_VOCABULARY_ROWS]:
+        for pair in itertools.islice(source.pairs, _VOCABULARY_ROWS):
             texts += [pair.query, *pair.positives]
     with tempfile.TemporaryDirectory() as local:
         build_scratch(texts, job.model.scratch, max_tokens=job.model.max_tokens, seed=job.seed, folder=local)

@@ -97,6 +97,12 @@ def _train(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
             f"= 0, but objective {objective.preset} compares positives with hard negatives;"
             " use 1 or more, or objective cl or sft",
         )
+    for i, source in enumerate(train.data):
+        if not source.in_batch_negatives and train.negatives_per_query == 0:
+            yield Contradiction(
+                (f"train.data.{i}.in_batch_negatives", "train.negatives_per_query"),
+                "= false leaves no negative at all, since train.negatives_per_query = 0; use 1 or more, or true",
+            )
     widths = objective.matryoshka
     if widths is not None and widths.weights is not None and len(widths.weights) != len(widths.dims):
         yield Contradiction(

@@ -86,9 +86,16 @@ class DatasetSpec(Section):
 
 class SourceSpec(Section):
     path: str = Field(
-        min_length=1, description="File or glob of JSONL (.gz allowed) or Parquet rows {query, positive(s), negative(s)}."
+        min_length=1,
+        description="File, folder or glob of JSONL, JSON, CSV (each plain or .gz, .zst, .bz2, .lz4), Parquet or Arrow rows "
+        "{query, positive(s), negative(s), scores}; a Hugging Face dataset folder too.",
     )
     weight: Positive = Field(1.0, description="Share of the batches drawn from this source, relative to the others.")
+    prompts: PromptsSpec | None = Field(None, description="Prompts for this source's rows; absent means model.prompts.")
+    in_batch_negatives: bool = Field(
+        True,
+        description="Passages of other rows count as negatives; false for classes and clusters, where they may be as right.",
+    )
 
 
 class MatryoshkaSpec(Section):
@@ -228,6 +235,9 @@ class TrainSpec(Section):
     negatives_per_query: Annotated[int, Field(ge=0)] = Field(1, description="Hard negatives N taken from a row in one step.")
     missing_negatives: Literal["sample", "reject"] = Field(
         "sample", description="A row with too few hard negatives: fill up with passages of other rows, or leave the row out."
+    )
+    max_rejected_share: Fraction = Field(
+        0.1, description="Share of a source's rows that may be unusable (0 to 1); beyond it the run stops before it trains."
     )
     max_steps: PositiveInt = Field(500, description="Optimizer steps.")
     learning_rate: Positive = Field(1e-4, description="Peak learning rate of AdamW.")

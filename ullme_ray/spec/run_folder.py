@@ -35,6 +35,11 @@ class RunFolder:
         return f"{self.root}/data"
 
     @property
+    def rejects(self) -> str:
+        """Training rows that were left out: one JSON object a line, with file, row, reason and how the row starts."""
+        return f"{self.root}/rejects.jsonl"
+
+    @property
     def base(self) -> str:
         """The model made for `base: scratch`."""
         return f"{self.root}/base"

@@ -31,6 +31,7 @@ _MAY_CHANGE = {  # fields of `train` that change speed or bookkeeping, but no nu
     "keep_checkpoints",
     "log_every_steps",
     "max_failures",
+    "max_rejected_share",
     "trackers",
 }
 

@@ -46,12 +46,10 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     per_rank = train.global_batch_size // world_size
 
     # Build
-    sources = read_sources(job)
+    sources = read_sources(job, publish_rejects=rank == 0)
     if rank == 0:
-        for source in sources:
-            if source.rejected:
-                total = len(source.pairs) + len(source.rejected)
-                report({"note": f"{len(source.rejected)} of {total} rows left out, first: {source.rejected[0]}"})
+        for note in (note for source in sources for note in source.notes):
+            report({"note": note})
     sampler = BatchSampler(sources, train, seed=job.seed)
     tokenizer = open_tokenizer(job, which="base")
     module = build_two_pass(

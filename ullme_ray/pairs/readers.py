@@ -1,0 +1,301 @@
+"""The rows of one local file as a stream: JSON lines, JSON array, CSV, Parquet or Arrow, plain or compressed.
+
+Every row comes out, a bad one as a `BadRow` in its place. What cannot be told apart into rows (a truncated or damaged file, a
+quote that is never closed) is an error that says how far the file was read. Memory: a line or a batch; a JSON array whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ullme_ray.errors import DataError
+from ullme_ray.pairs.rows import LIST_COLUMNS, MAX_TEXT_BYTES, BadRow, is_used, lacks
+
+MAX_ROW_BYTES = 64 * 2**20  # of one line of JSON, or one row of CSV
+MAX_ARRAY_BYTES = 512 * 2**20  # of a JSON array, which is parsed whole
+
+_LINES = (".jsonl", ".ndjson", ".json", ".csv")
+_TABLES = (".parquet", ".arrow")
+_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+KINDS = f"{', '.join(_LINES)} (each plain or with {', '.join(_CODECS)}), {', '.join(_TABLES)}"
+
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"PK\x03\x04": "zip",
+}
+_MAGIC |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 2**16
+_BLANK = b" \t\r\n\xef\xbb\xbf"  # with the byte order mark of UTF-8
+
+
+def is_known(path: str) -> bool:
+    """Whether the file's name tells a kind that can be read."""
+    return _plain_name(path).endswith(_LINES) or path.lower().endswith(_TABLES)
+
+
+def read_rows(local: str, name: str) -> Iterator[tuple[int, Any]]:
+    """(number from 1, row) of every row; blank lines are none. Lines of text are numbered as an editor does.
+
+    Args:
+        local: where the file lies.
+        name: what the user calls it; decides how it is read.
+
+    Raises:
+        DataError: the file cannot be read to its end.
+    """
+    number = 0
+    try:
+        with _open(local, name) as stream:
+            for number, row in _reader(name, stream):
+                yield number, row
+    except (OSError, EOFError, ValueError, MemoryError, pa.ArrowException) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        unit = "row" if name.lower().endswith(_TABLES) else "line"
+        raise DataError(f"{name} cannot be read past {unit} {number} ({reason}); repair or remove it") from error
+
+
+def _plain_name(path: str) -> str:
+    name = path.lower()
+    for suffix in _CODECS:
+        name = name.removesuffix(suffix) if name.endswith(suffix) else name
+    return name
+
+
+def _open(local: str, name: str) -> io.BufferedReader:
+    """A stream of the file's decompressed bytes.
+
+    Raises:
+        DataError: the content is of another kind than the name says.
+    """
+    codec = next((codec for suffix, codec in _CODECS.items() if name.lower().endswith(suffix)), None)
+    stream: io.BufferedReader[Any] = io.BufferedReader(io.FileIO(local), _BUFFER_BYTES)
+    if name.lower().endswith(_TABLES):
+        return stream
+    if codec is not None:
+        if not stream.peek(1):
+            raise DataError(f"{name} is empty, which no {codec} file is; was it written to its end?")
+        stream = io.BufferedReader(pa.CompressedInputStream(stream, codec), _BUFFER_BYTES)
+    start = stream.peek(8)
+    for magic, kind in _MAGIC.items():
+        if start.startswith(magic):
+            raise DataError(f"{name} holds {kind} data, which its name does not say; rename or convert it (text must be UTF-8)")
+    return stream
+
+
+def _reader(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+    kind = "." + _plain_name(name).rpartition(".")[2]
+    if kind == ".parquet":
+        return _parquet(stream, name)
+    if kind == ".arrow":
+        return _arrow(stream, name)
+    if kind == ".csv":
+        return _csv(stream, name)
+    if kind == ".json" and _first_byte(stream) == b"[":
+        return _json_array(stream, name)
+    return _json_lines(stream)
+
+
+def _first_byte(stream: io.BufferedReader) -> bytes:
+    return stream.peek(64).lstrip(_BLANK)[:1]
+
+
+def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | None, bytes]]:
+    """(number, line, its start); a line that is too long to hold is None."""
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES):
+        number += 1
+        rest, too_long = line, False
+        while len(rest) == MAX_ROW_BYTES and not rest.endswith(b"\n"):
+            rest, too_long = stream.readline(MAX_ROW_BYTES), True
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        yield number, None if too_long else line, line[:1000]
+
+
+def _json_lines(stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+    for number, line, start in _lines(stream):
+        if line is None:
+            yield number, BadRow(f"is a line of {MAX_ROW_BYTES // 2**20} MiB or more", _shown(start))
+        elif line.strip():
+            yield number, _json(line)
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError:
+        return BadRow("is not UTF-8", _shown(line))
+    except (ValueError, RecursionError):
+        return BadRow("is not JSON", _shown(line))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    """A JSON object; the json module itself would keep only the last of repeated keys."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else BadRow("has a key twice", str(pairs)[:1000])
+
+
+def _shown(line: bytes) -> str:
+    return line[:1000].decode(errors="replace")
+
+
+def _json_array(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, Any]]:
+    data = stream.read(MAX_ARRAY_BYTES + 1)
+    if len(data) > MAX_ARRAY_BYTES:
+        raise DataError(
+            f"{name} is a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB; write one object per line (.jsonl)"
+        )
+    try:
+        rows = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{name} is no whole JSON array ({reason}); repair it, or write one object per line (.jsonl)"
+        ) from error
+    yield from enumerate(rows, start=1)
+
+
+def _csv(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, Any]]:
+    """Quotes are checked strictly; bytes that are not UTF-8 become half surrogates, which name the row to blame."""
+    csv.field_size_limit(max(csv.field_size_limit(), 4 * MAX_TEXT_BYTES))
+    last_line, row_bytes = 0, 0
+
+    def text() -> Iterator[str]:
+        nonlocal last_line, row_bytes
+        for number, line, start in _lines(stream):
+            row_bytes += len(start if line is None else line)
+            if line is None or row_bytes > MAX_ROW_BYTES:
+                raise DataError(
+                    f"{name}: the row that ends in line {number} has more than {MAX_ROW_BYTES // 2**20} MiB; is a quote open?"
+                )
+            last_line = number
+            yield line.decode(errors="surrogateescape")
+
+    rows = csv.reader(text(), strict=True)
+    header: list[str] | None = None
+    while True:
+        row_bytes, first_line = 0, last_line + 1
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise DataError(f"{name}: line {first_line} opens a quote that is never closed; repair it") from error
+            if header is None:
+                raise DataError(f"{name}: line {first_line} is no CSV header ({error}); repair it") from error
+            yield first_line, BadRow("is not CSV", str(error))
+            continue
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            _check_columns(header, name)
+            continue
+        yield first_line, _csv_row(header, cells)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(header):
+        return BadRow("has another number of cells than the header", ",".join(cells)[:1000])
+    row: dict[str, Any] = {}
+    for column, cell in zip(header, cells):
+        if not cell or not is_used(column):
+            continue
+        if any("\udc80" <= character <= "\udcff" for character in cell):
+            return BadRow("is not UTF-8", ascii(",".join(cells)[:1000]))
+        row[column] = cell
+        if column in LIST_COLUMNS:
+            row[column] = _json(cell.encode())
+            if not isinstance(row[column], list):
+                return BadRow("has a column of plural name that is no JSON list", cell[:1000])
+        elif column in ("score", "label"):
+            row[column] = _number(cell)
+    return row
+
+
+def _number(cell: str) -> Any:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def _parquet(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, Any]]:
+    file = pq.ParquetFile(stream)
+    columns = _check_columns(file.schema_arrow.names, name)
+    number = 0
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+        for row in _table_rows(batch):
+            number += 1
+            yield number, row
+    if number != file.metadata.num_rows:
+        raise DataError(f"{name} promises {file.metadata.num_rows} rows and holds {number}; write it again")
+
+
+def _arrow(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, Any]]:
+    """The file format, or the stream format, in which the datasets library saves."""
+    magic = stream.read(6)
+    stream.seek(0)
+    number = 0
+    if magic == b"ARROW1":
+        file = pa.ipc.open_file(stream)
+        schema, batches = file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+    else:
+        stream.seek(0, io.SEEK_END)
+        stream.seek(max(0, stream.tell() - 8))
+        if stream.read() != b"\xff\xff\xff\xff\x00\x00\x00\x00":  # Arrow itself takes a cut between two batches for the end
+            raise DataError(f"{name} does not end as an Arrow stream must; it is cut off or of another kind")
+        stream.seek(0)
+        reader = pa.ipc.open_stream(stream)
+        schema, batches = reader.schema, iter(reader)
+    columns = _check_columns(schema.names, name)
+    for batch in batches:
+        for row in _table_rows(batch.select(columns)):
+            number += 1
+            yield number, row
+
+
+def _check_columns(columns: list[str], name: str) -> list[str]:
+    """The columns that matter.
+
+    Raises:
+        DataError: one is there twice, or one is missing without which no row can be used.
+    """
+    used = [column for column in columns if is_used(column)]
+    twice = sorted({column for column in used if used.count(column) > 1})
+    if twice:
+        raise DataError(f"{name} has the column {twice[0]} twice; rename one")
+    missing = lacks(used)
+    if missing is not None:
+        raise DataError(f"{name} has no column {missing}; its columns are {', '.join(columns)[:300]}")
+    return used
+
+
+def _table_rows(batch: pa.RecordBatch) -> Iterator[Any]:
+    for start in range(0, batch.num_rows, _BATCH_ROWS):
+        part = batch.slice(start, _BATCH_ROWS)
+        try:
+            rows = part.to_pylist()
+        except UnicodeDecodeError:  # somewhere in these rows
+            rows = [_table_row(part.slice(i, 1)) for i in range(part.num_rows)]
+        yield from rows
+
+
+def _table_row(row: pa.RecordBatch) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError:
+        return BadRow("is not UTF-8")
