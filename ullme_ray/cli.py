@@ -113,6 +113,17 @@ def train(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, v
 
 
 @app.command()
+def mine(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Make hard negatives for the training data: its rows again, with passages that rank high and are not their positives."""
+    with _stage("mine", path, overrides, as_json, verbose) as job:
+        from ullme_ray.mine import run_mine
+        from ullme_ray.run import describe_mining
+
+        report = run_mine(job)
+        _print_result(report, describe_mining(report), as_json)
+
+
+@app.command()
 def evaluate(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Measure retrieval on held-out queries, before and after training."""
     with _stage("evaluate", path, overrides, as_json, verbose) as job:

@@ -63,5 +63,9 @@ class EmbedError(UllmeError):
     """An embedding run that cannot be completed or committed."""
 
 
+class MineError(UllmeError):
+    """Mining of hard negatives that cannot be completed."""
+
+
 class ServeError(UllmeError):
     """A server that cannot start, or whose vectors differ from the export's."""

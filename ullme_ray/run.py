@@ -23,6 +23,7 @@ from ullme_ray.spec.run_folder import dump_job
 if TYPE_CHECKING:
     from ullme_ray.embed import EmbedReport
     from ullme_ray.evaluate.search import Hit
+    from ullme_ray.mine import MineReport
     from ullme_ray.serve import Server
     from ullme_ray.train import TrainResult
 
@@ -75,10 +76,10 @@ def prepare(job: JobSpec, stages: Sequence[str]) -> None:
     from ullme_ray.model import check_base, encoder_folder
     from ullme_ray.sample_data import ensure_dataset
 
-    if job.train and "train" not in stages:
-        encoder_folder(job)  # the trained model must be there; its base may be gone
-    else:
+    if job.train is None or "train" in stages:
         check_base(job)
+    elif set(stages) != {"mine"}:  # which checks the encoder that it takes itself
+        encoder_folder(job)  # the trained model must be there; its base may be gone
     ensure_dataset(job)
     for stage in stages:
         importlib.import_module(f"ullme_ray.{stage}").preflight(job)
@@ -123,6 +124,21 @@ def describe_embedding(report: EmbedReport) -> str:
     )
     rate = f" ({report.tokens_per_s:,.0f} tokens/s)" if report.rows_embedded else ""
     return f"{text}{rate}; table version {report.version} in {report.table}"
+
+
+def describe_mining(report: MineReport) -> str:
+    lines = [
+        f"{report.negatives:,} negatives for {report.rows:,} rows ({report.queries:,} queries, {report.passages:,} passages);"
+        f" mean score {report.mean_negative_score:.3f}, of positives {report.mean_positive_score:.3f}"
+    ]
+    if report.rows_short:
+        lines.append(
+            f"{report.rows_short:,} rows have fewer negatives than asked, {report.rows_without:,} of them none;"
+            " lower mine.skip_first, or raise mine.depth"
+        )
+    left_out = {"training rows": report.rows_rejected, "rows of the corpus": report.corpus_rejected}
+    lines += [f"{count:,} {what} could not be used" for what, count in left_out.items() if count]
+    return "\n".join([*lines, *(f"written: {path}" for path in report.outputs)])
 
 
 def describe_hits(question: str, hits: Sequence[Hit]) -> str:

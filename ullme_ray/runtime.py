@@ -54,24 +54,26 @@ def quiet_libraries() -> None:
 
 
 def pools(job: JobSpec, stages: Sequence[str] | None = None) -> list[Pool]:
-    """The pools of a job's stages, or of some of them."""
+    """The pools of some stages; None means those that `run` takes."""
     found = []
     if job.train:
         workers = job.train.workers
         size = workers.num_workers
         found.append(Pool("train", size, size, workers.cpus_per_worker, workers.gpus_per_worker))
-    if job.embed:
-        actors = job.embed.actors
-        found.append(Pool("embed", actors.min, actors.max, actors.cpus_per_actor, actors.gpus_per_actor))
+    for stage, section in (("mine", job.mine), ("embed", job.embed)):
+        if section:
+            actors = section.actors
+            found.append(Pool(stage, actors.min, actors.max, actors.cpus_per_actor, actors.gpus_per_actor))
     if job.serve:
         replicas = job.serve.replicas
         found.append(Pool("serve", replicas.min, replicas.max, job.serve.cpus_per_replica, job.serve.gpus_per_replica))
-    return [pool for pool in found if stages is None or pool.stage in stages]
+    wanted = job.stages if stages is None else stages
+    return [pool for pool in found if pool.stage in wanted]
 
 
 def local_cpus(job: JobSpec) -> int:
     """Logical CPUs of a local Ray: never fewer than the largest stage asks for, so that no stage waits for ever."""
-    needed = max((pool.max * pool.cpus for pool in pools(job)), default=0) + SPARE_CPUS
+    needed = max((pool.max * pool.cpus for pool in pools(job, (*job.stages, "mine"))), default=0) + SPARE_CPUS
     return max(os.cpu_count() or 1, int(needed))
 
 
@@ -142,7 +144,7 @@ def _check_pools_fit(wanted: Sequence[Pool], where: str) -> None:
             slots = sum(int(node.get(name, 0) / each) for node in nodes) if each else pool.min
             if slots < pool.min:
                 total = sum(node.get(name, 0) for node in nodes)
-                field = {"train": "workers.num_workers", "embed": "actors.min", "serve": "replicas.min"}[pool.stage]
+                field = {"train": "workers.num_workers", "serve": "replicas.min"}.get(pool.stage, "actors.min")
                 raise UllmeError(
                     f"{pool.stage}.{field} = {pool.min} processes of {each:g} {name} each do not fit into {where},"
                     f" which has {total:g} {name} on {len(nodes)} nodes; lower the number, or add nodes"

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from ullme_ray import storage
+from ullme_ray import ray_data, storage
 from ullme_ray.embed import flow, plan_units, preflight, run_embed
-from ullme_ray.embed.attempts import Attempts
 from ullme_ray.embed.parts import list_parts
 from ullme_ray.errors import EmbedError
 from ullme_ray.model import open_encoder
+from ullme_ray.ray_data import Attempts
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.table import open_table
 
@@ -190,7 +190,7 @@ def test_killed_actors_lose_and_repeat_nothing(tmp_path: Path, tiny_base: str) -
 def test_a_model_that_always_kills_its_actor_ends_the_run(
     tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(ray_data, "MAX_ATTEMPTS", 2)
     corpus = Corpus(str(tmp_path), tiny_base)
     corpus.write("a.jsonl", make_rows("a", 6))
     killed: set[int] = set()
@@ -217,7 +217,7 @@ def test_a_model_that_always_kills_its_actor_ends_the_run(
 
 
 def test_a_unit_that_always_kills_its_process_is_given_up(tmp_path: Path) -> None:
-    attempts = Attempts(3)
+    attempts = Attempts(flow.STAGE, 3)
     (tmp_path / "begun").touch()
 
     @ray.remote(num_cpus=1, max_retries=-1)

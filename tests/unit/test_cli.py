@@ -17,7 +17,7 @@ import ullme_ray.plan
 from ullme_ray.cli import app
 from ullme_ray.errors import UllmeError
 
-COMMANDS = ["init", "check", "plan", "run", "train", "evaluate", "embed", "serve", "search"]
+COMMANDS = ["init", "check", "plan", "run", "train", "mine", "evaluate", "embed", "serve", "search"]
 GOOD = "name: docs\nmodel: {base: some/model}\ntrain:\n  data: [{path: pairs.jsonl}]\n"
 
 

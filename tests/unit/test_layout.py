@@ -12,12 +12,12 @@ import pytest
 import ullme_ray
 
 PACKAGE = Path(ullme_ray.__file__).parent
-STAGES = {"train", "embed", "serve", "evaluate"}
+STAGES = {"train", "mine", "embed", "serve", "evaluate"}
 # Who may import whom, bottom first: a module imports only from its own layer or those before it (DESIGN: layout).
 LAYERS = [
     {"errors"},
     {"spec", "storage"},
-    {"losses", "pairs", "model", "retrieval", "sample_data", "progress", "table"},
+    {"losses", "pairs", "model", "retrieval", "sample_data", "progress", "table", "ray_data"},
     STAGES,
     {"runtime", "plan", "parity", "run"},
     {"cli"},

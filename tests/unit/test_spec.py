@@ -293,7 +293,8 @@ def test_every_field_has_a_description() -> None:
     """Editors show them, and error messages quote them."""
     schema = _schema()
     sections = {"JobSpec": schema, **schema["$defs"]}
-    sections["ObjectiveSpec"] = sections["ObjectiveSpec"]["anyOf"][1]
+    for name in ("ObjectiveSpec", "EncoderSpec"):  # for which a name alone may stand
+        sections[name] = sections[name]["anyOf"][1]
     fields = {f"{name}.{key}": value for name, section in sections.items() for key, value in section["properties"].items()}
     assert len(fields) > 80
     assert [name for name, field in fields.items() if len(field.get("description", "")) < 10] == []

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from ullme_ray.embed.attempts import Attempts
 from ullme_ray.embed.parts import Part, PartSettings, build_part, write_dead_letters, write_part
 from ullme_ray.embed.reading import read_unit
 from ullme_ray.embed.units import Unit, embed_section
 from ullme_ray.errors import EmbedError, UllmeError
+from ullme_ray.ray_data import Attempts
 from ullme_ray.spec.job import JobSpec
 
 if TYPE_CHECKING:

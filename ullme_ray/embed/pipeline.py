@@ -17,7 +17,7 @@ import ray
 from ullme_ray import storage
 from ullme_ray.embed.actor import EmbedContext, Outcome
 from ullme_ray.embed.commit import active_parts, check_owner, commit
-from ullme_ray.embed.flow import explained, run_units
+from ullme_ray.embed.flow import STAGE, run_units
 from ullme_ray.embed.parts import (
     DEAD_LETTERS,
     Part,
@@ -32,6 +32,7 @@ from ullme_ray.embed.reading import column_types
 from ullme_ray.embed.units import InputFile, Unit, embed_section, list_input, split_file
 from ullme_ray.errors import EmbedError
 from ullme_ray.progress import Progress
+from ullme_ray.ray_data import explained
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
 from ullme_ray.table import find_table
@@ -180,7 +181,7 @@ def _get(reference: Any) -> list[Unit]:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
-        raise explained(error) from error
+        raise explained(STAGE, error) from error
 
 
 def _embed_missing(plan: Plan, context: EmbedContext, show: bool) -> list[Outcome]:

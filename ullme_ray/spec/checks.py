@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ullme_ray.spec.job import JobSpec, TrainSpec
+from ullme_ray.spec.job import JobSpec, MineSpec, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ def contradictions(job: JobSpec) -> list[Contradiction]:
         *_model(job),
         *_pools(job),
         *(_train(job, job.train) if job.train else ()),
+        *(_mine(job, job.mine) if job.mine else ()),
         *_paths(job),
     ]
 
@@ -68,6 +69,7 @@ def _model(job: JobSpec) -> Iterator[Contradiction]:
 
 def _pools(job: JobSpec) -> Iterator[Contradiction]:
     pools = {
+        "mine.actors": job.mine.actors if job.mine else None,
         "embed.actors": job.embed.actors if job.embed else None,
         "serve.replicas": job.serve.replicas if job.serve else None,
     }
@@ -150,6 +152,29 @@ def _sharding(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
             )
 
 
+def _mine(job: JobSpec, mine: MineSpec) -> Iterator[Contradiction]:
+    if job.train is None:
+        yield Contradiction(("mine", "train"), "makes negatives for the rows of train.data; add a train section")
+    elif mine.output in [source.path for source in job.train.data]:
+        yield Contradiction(
+            ("mine.output", "train.data"),
+            f"= {mine.output} is read through train.data and would be overwritten; mine into another file, then train on it",
+        )
+    if mine.depth - mine.skip_first < mine.negatives_per_query:
+        yield Contradiction(
+            ("mine.depth", "mine.skip_first", "mine.negatives_per_query"),
+            f"= {mine.depth} less skip_first = {mine.skip_first} leaves fewer than negatives_per_query = "
+            f"{mine.negatives_per_query}; use {mine.skip_first + mine.negatives_per_query} or more",
+        )
+    if mine.encoder.is_own:
+        for name in ("revision", "pooling", "max_tokens", "prompts"):
+            if getattr(mine.encoder, name) is not None:
+                yield Contradiction(
+                    (f"mine.encoder.{name}", "mine.encoder.base"),
+                    f"cannot be set for encoder {mine.encoder.base}, which has the settings of the model section; remove it",
+                )
+
+
 def _paths(job: JobSpec) -> Iterator[Contradiction]:
     paths = {"storage": job.storage}
     if job.train:
@@ -160,6 +185,10 @@ def _paths(job: JobSpec) -> Iterator[Contradiction]:
         paths |= {f"evaluate.local.{i}.path": local.path for i, local in enumerate(job.evaluate.local)}
     if job.embed:
         paths |= {"embed.input.path": job.embed.input.path, "embed.output.path": job.embed.output.path}
+    if job.mine:
+        paths["mine.output"] = job.mine.output
+        if job.mine.corpus:
+            paths["mine.corpus.path"] = job.mine.corpus.path
     for where, path in paths.items():
         scheme, separator, rest = path.partition("://")
         if separator and scheme not in ("s3", "file"):

@@ -26,6 +26,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
+def _name_or_mapping(handler: GetJsonSchemaHandler, schema: CoreSchema, name: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of a section for which a name alone may stand, and in which no key is required."""
+    reference = handler(schema)
+    mapping = handler.resolve_ref_schema(reference)
+    mapping.pop("required", None)
+    whole = {"description": mapping.pop("description", ""), "anyOf": [name, dict(mapping)]}
+    mapping.clear()
+    mapping.update(whole)
+    return reference
+
+
 class PromptsSpec(Section):
     query: str = Field("", description="Text put before every query; attended to, left out of mean pooling.")
     passage: str = Field("", description="Text put before every passage; attended to, left out of mean pooling.")
@@ -160,14 +171,7 @@ class ObjectiveSpec(Section):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """A preset's name alone, or a mapping in which nothing is required, since the preset fills it."""
-        reference = handler(schema)
-        mapping = handler.resolve_ref_schema(reference)
-        mapping.pop("required", None)
-        names = {"type": "string", "enum": list(PRESETS)}
-        whole = {"description": mapping.pop("description", ""), "anyOf": [names, dict(mapping)]}
-        mapping.clear()
-        mapping.update(whole)
-        return reference
+        return _name_or_mapping(handler, schema, {"type": "string", "enum": list(PRESETS)})
 
     @property
     def needs_generation(self) -> bool:
@@ -308,6 +312,73 @@ class EmbedSpec(Section):
     tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
 
 
+class EncoderSpec(Section):
+    """The model that mines: the job's own (`base`, `trained`), or any embedding model. A name alone is enough."""
+
+    base: str = Field(
+        "base",
+        min_length=1,
+        description="`base` or `trained` of this job, or a Hugging Face name, local or s3:// folder of an embedding model.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face name.")
+    pooling: Literal["mean", "lasttoken", "cls", "weightedmean"] | None = Field(
+        None, description="How token states become one vector; absent means as the model's folder says, else mean."
+    )
+    max_tokens: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="Texts are cut to this many tokens; absent means as the model's folder says, else 512."
+    )
+    prompts: PromptsSpec | None = Field(None, description="Prompts; absent means those in the model's folder, else none.")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a model of this job, with the settings of its model section."""
+        return self.base in ("base", "trained")
+
+    @model_validator(mode="before")
+    @classmethod
+    def from_name(cls, value: Any) -> Any:
+        return {"base": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return _name_or_mapping(handler, schema, {"type": "string"})
+
+
+class CorpusSpec(Section):
+    path: str = Field(min_length=1, description="File, folder or glob of JSONL (.gz allowed) or Parquet rows.")
+    text: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        ("text",), description="Columns joined with a newline to make a passage."
+    )
+
+
+class MineSpec(Section):
+    output: Annotated[str, Field(pattern=r"\.jsonl$")] = Field(
+        "run:mined/train.jsonl",
+        description="File ending in .jsonl for rows {query, positives, negatives, scores}, for `train.data` to name; "
+        "with several sources one file each, NAME-0.jsonl, NAME-1.jsonl, ...",
+    )
+    encoder: EncoderSpec = Field(
+        EncoderSpec(), description="Model whose cosines rank the passages: base | trained | a model's name, or a mapping."
+    )
+    corpus: CorpusSpec | None = Field(
+        None, description="Passages to take negatives from; absent means all passages in `train.data`."
+    )
+    negatives_per_query: PositiveInt = Field(4, description="Hard negatives written for a row, in place of those it had.")
+    depth: PositiveInt = Field(256, description="Best-ranked passages looked at for a query, its positives not counted.")
+    skip_first: Annotated[int, Field(ge=0)] = Field(
+        30, description="Best-ranked of those that `margin` and `ratio` left, passed over as likely unmarked positives."
+    )
+    margin: NonNegative | None = Field(
+        None, description="A negative's cosine is below that of the query's worst positive by more than this; absent: no limit."
+    )
+    ratio: Fraction | None = Field(
+        None, description="A negative's cosine is below this times that of the query's worst positive; absent: no limit."
+    )
+    choose: Literal["top", "random"] = Field("random", description="Which of the rest: the best-ranked, or a seeded choice.")
+    actors: ActorsSpec = Field(ActorsSpec(), description="The pool of processes that encode, then search.")
+    tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
+
+
 class ReplicasSpec(Section):
     min: PositiveInt = Field(1, description="Serving processes kept at least.")
     max: PositiveInt = Field(1, description="Serving processes at most.")
@@ -353,6 +424,7 @@ class JobSpec(Section):
     dataset: DatasetSpec | None = Field(None, description="A built-in data set, written to run:data before the first stage.")
     train: TrainSpec | None = Field(None, description="Fine-tuning on Ray Train and DeepSpeed.")
     evaluate: EvaluateSpec | None = Field(None, description="Retrieval quality on held-out queries.")
+    mine: MineSpec | None = Field(None, description="Hard negatives for the training data; `ullme-ray mine` alone runs it.")
     embed: EmbedSpec | None = Field(None, description="Batch embedding on Ray Data into a Delta table.")
     serve: ServeSpec | None = Field(None, description="HTTP serving on Ray Serve.")
     search: SearchSpec = Field(SearchSpec(), description="Questions asked of the table.")

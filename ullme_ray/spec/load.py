@@ -14,6 +14,7 @@ from ullme_ray.spec.explain import explain, field_at, section_in
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.yaml_tree import MAX_JOB_FILE_BYTES, KeyPath, YamlTree, dotted, may_hold_secret
 
+_SHORT_FOR: dict[KeyPath, str] = {("train", "objective"): "preset", ("mine", "encoder"): "base"}  # a name alone means this key
 _REPAIRS = 8  # rounds: a placeholder section may need placeholders inside, as deep as the spec goes
 
 
@@ -104,8 +105,8 @@ class _Document:
 
     def _go_down(self, here: Any, step: Any, path: KeyPath) -> Any:
         below = here[step] if isinstance(here, list) else here.get(step)
-        if path == ("train", "objective") and isinstance(below, str):
-            below = {"preset": below}  # `objective: grl` is short for {preset: grl}
+        if path in _SHORT_FOR and isinstance(below, str):
+            below = {_SHORT_FOR[path]: below}
         if not isinstance(below, (dict, list)):
             below = {}
             self._set_on_command_line(path)

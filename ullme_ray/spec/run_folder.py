@@ -83,6 +83,11 @@ def absolute_paths(job: JobSpec) -> JobSpec:
     if tree["embed"]:
         replace(tree["embed"]["input"], "path")
         replace(tree["embed"]["output"], "path")
+    if job.mine:
+        replace(tree["mine"], "output")
+        replace(tree["mine"]["corpus"], "path")
+        if os.path.isdir(os.path.expanduser(job.mine.encoder.base)) and not job.mine.encoder.is_own:
+            replace(tree["mine"]["encoder"], "base")
     return JobSpec.model_validate(tree)
 
 
