@@ -288,6 +288,15 @@ def test_query_whose_positives_are_all_easy_has_loss_zero_under_the_miner() -> N
     assert loss(1.1).item() > 0
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("bad", ["query", "positive", "negative"])
+def test_nan_is_never_filtered_away(rng: np.random.Generator, options: dict[str, Any], bad: str) -> None:
+    q, p = torch.tensor(unit(rng, B, D)), torch.tensor(unit(rng, B * K, D))
+    assert contrastive_loss(q, p, distinct(), temperature=0.1, **options).isfinite().all()
+    (q if bad == "query" else p)[{"query": 2, "positive": 2 * K, "negative": 2 * K + P}[bad], 0] = torch.nan
+    assert contrastive_loss(q, p, distinct(), temperature=0.1, **options)[2].isnan()
+
+
 def test_score_filter_takes_the_lowest_positive_and_survives_a_negative_cosine() -> None:
     q = torch.tensor([[1.0, 0.0]])
 

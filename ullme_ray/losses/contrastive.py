@@ -1,7 +1,7 @@
 """The contrastive loss over the positives and hard negatives of all ranks (METHOD: losses, 1).
 
-Cost: two (B, D) x (D, W*B*K) products forward and backward together, three with the recompute. Memory: the similarities of
-one tile of passages, (B, tile_passages), and a gradient the size of the passages; never the whole (B, W*B*K).
+Cost: four (B, D) x (D, W*B*K) products a step, one of them a recompute. Memory: the similarities of one tile of passages,
+(B, tile_passages), and a gradient the size of the passages; never the whole (B, W*B*K).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def contrastive_loss(
 
     kept = torch.ones_like(positives, dtype=torch.bool)  # (B, P)
     if miner_epsilon is not None:
-        kept = positives.detach() - miner_epsilon < hardest[:, None]
+        kept = ~(positives.detach() - miner_epsilon >= hardest[:, None])  # in this form nan is kept too, and seen in the loss
     logits = positives / temperature  # (B, P)
     own_term = logits if form == "infonce" else _logsumexp(logits, kept)[:, None]  # (B, P) or (B, 1)
     losses = torch.logaddexp(own_term, negatives[:, None]) - logits  # (B, P)
@@ -121,16 +121,16 @@ def contrastive_loss(
 
 
 class _Bounds(NamedTuple):
-    """Between which cosines a negative is kept, (B, 1) each or None."""
+    """Between which cosines a negative is kept, (B, 1) each or None. One that is nan is kept, so that the loss shows it."""
 
     above: Tensor | None
     at_most: Tensor | None
 
     def keep(self, negative: Tensor, cosines: Tensor) -> Tensor:
         if self.above is not None:
-            negative = negative & (cosines > self.above)
+            negative = negative & ~(cosines <= self.above)
         if self.at_most is not None:
-            negative = negative & (cosines <= self.at_most)
+            negative = negative & ~(cosines > self.at_most)
         return negative
 
 
