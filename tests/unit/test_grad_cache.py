@@ -6,13 +6,18 @@ activation checkpointing, all presets. Ranks and ZeRO stages: tests/integration/
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
 from grl_reference import (
+    CASES,
     SEED,
     STEP,
     B,
     PlainEngine,
+    case_module,
     examples,
     gradient,
     make_batch,
@@ -21,33 +26,74 @@ from grl_reference import (
     plain_gradient,
     relative_error,
 )
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from ullme_ray.errors import TrainingError
+from ullme_ray.errors import ModelError, TrainingError
 from ullme_ray.model.dropout import RowDropout, keep_mask, row_seeds
 from ullme_ray.model.tokenizing import load_tokenizer
+from ullme_ray.train.collate import TrainBatch
 from ullme_ray.train.step import backward_step, train_step
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora-dropout", "full"])
-@pytest.mark.parametrize("preset", ["cl", "sft", "dpo", "grl"])
-def test_gradient_is_that_of_plain_training_for_every_chunk_size(tiny_base: str, preset: str, lora: bool) -> None:
-    batch, spec = make_batch(tiny_base), objective(preset)
-    module = make_module(tiny_base, lora=lora)
+def batch_of(folder: str, case: str) -> TrainBatch:
+    """Scores computed before training come with the batch only where the case says so."""
+    batch = make_batch(folder)
+    return batch if objective(case).reference == "precomputed" else replace(batch, reference_logps=None)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_is_that_of_plain_training_for_every_chunk_size(tiny_base: str, case: str) -> None:
+    batch, spec = batch_of(tiny_base, case), objective(case)
+    module = case_module(tiny_base, case)
+    lora = CASES[case][1] != "full"
     assert lora == any(isinstance(m, RowDropout) and m.p > 0 for m in module.modules())
     expected = plain_gradient(module, batch, spec)
-    for chunk_size in (1, 2, 3, B, B + 5):
-        for checkpointing in (False, True):
-            other = make_module(tiny_base, lora=lora, checkpointing=checkpointing)
-            backward_step(PlainEngine(other), batch, spec, chunk_size=chunk_size, step=STEP, seed=SEED)
-            assert relative_error(gradient(other), expected) <= 1e-5, (chunk_size, checkpointing)
+    for chunk_size, checkpointing in [(1, False), (2, False), (3, False), (B, False), (B + 5, False), (2, True), (B, True)]:
+        other = case_module(tiny_base, case, checkpointing=checkpointing)
+        backward_step(PlainEngine(other), batch, spec, chunk_size=chunk_size, step=STEP, seed=SEED)
+        assert relative_error(gradient(other), expected) <= 1e-5, (chunk_size, checkpointing)
     # Controls that must fail: another dropout mask (LoRA), and chunks whose gradients do not add up.
     if lora:
-        other = make_module(tiny_base, lora=lora)
+        other = case_module(tiny_base, case)
         backward_step(PlainEngine(other), batch, spec, chunk_size=3, step=STEP + 1, seed=SEED)
         assert relative_error(gradient(other), expected) > 1e-2
-    other = make_module(tiny_base, lora=lora)
+    other = case_module(tiny_base, case)
     backward_step(PlainEngine(other, forget=True), batch, spec, chunk_size=3, step=STEP, seed=SEED)
     assert relative_error(gradient(other), expected) > 1e-2
+
+
+def test_separate_adapters_are_each_trained_by_their_own_pass(tiny_base: str) -> None:
+    batch = batch_of(tiny_base, "grl-separate")
+    encode_only = case_module(tiny_base, "grl-separate")
+    backward_step(PlainEngine(encode_only), batch, objective("cl"), chunk_size=3, step=STEP, seed=SEED)
+    assert gradient(encode_only).keys() == {n for n, _ in encode_only.named_parameters() if ".default." in n}
+    both = case_module(tiny_base, "grl-separate")
+    backward_step(PlainEngine(both), batch, objective("grl-separate"), chunk_size=3, step=STEP, seed=SEED)
+    assert {n.split(".default.")[0] for n in gradient(both) if ".default." in n} == {
+        n.split(".generate.")[0] for n in gradient(both) if ".generate." in n
+    }
+    assert len(gradient(both)) == 2 * len(gradient(encode_only))
+
+
+def test_recompute_sees_the_mode_and_the_adapter_of_the_first_time(tiny_base: str) -> None:
+    """A checkpointed layer is run again in backward; a recompute under another adapter gives another gradient."""
+    batch, spec = batch_of(tiny_base, "grl-separate"), objective("grl-separate")
+    expected = plain_gradient(case_module(tiny_base, "grl-separate"), batch, spec)
+    wrong = case_module(tiny_base, "grl-separate", checkpointing=True)
+    for layer in wrong.causal_lm.modules():
+        if hasattr(layer, "_gradient_checkpointing_func"):
+            plain = layer._gradient_checkpointing_func.keywords | {"context_fn": noop_context_fn}
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, **plain)
+    with pytest.raises(ModelError, match="dropout needs row seeds"):  # nobody tells the recompute whose rows these are
+        backward_step(PlainEngine(wrong), batch, spec, chunk_size=3, step=STEP, seed=SEED)
+    right = case_module(tiny_base, "grl-separate", checkpointing=True)
+    calls: list[tuple[str | None, bool]] = []
+    inside = right.causal_lm.base_model.layers[0].mlp  # a hook on the layer itself would not run again
+    inside.register_forward_pre_hook(lambda *_: calls.append((right.adapters.current, torch.is_grad_enabled())))
+    backward_step(PlainEngine(right), batch, spec, chunk_size=B, step=STEP, seed=SEED)
+    assert relative_error(gradient(right), expected) <= 1e-5
+    # queries, passages, generation, reference; then the recomputations, the last pass first
+    assert [adapter for adapter, _ in calls] == ["default", "default", "generate", None, "generate", "default", "default"]
 
 
 def test_rows_of_a_batch_keep_their_own_passages(tiny_base: str) -> None:
@@ -72,7 +118,7 @@ def test_rows_of_a_batch_keep_their_own_passages(tiny_base: str) -> None:
 def test_losses_do_not_depend_on_chunk_size(tiny_base: str) -> None:
     batch, spec = make_batch(tiny_base), objective("grl")
     losses = [
-        backward_step(PlainEngine(make_module(tiny_base, lora=True)), batch, spec, chunk_size=c, step=0, seed=0)
+        backward_step(PlainEngine(make_module(tiny_base, "shared")), batch, spec, chunk_size=c, step=0, seed=0)
         for c in (1, 3, B)
     ]
     for other in losses[1:]:
@@ -80,7 +126,7 @@ def test_losses_do_not_depend_on_chunk_size(tiny_base: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_base: str) -> None:
-    module = make_module(tiny_base, lora=False)
+    module = make_module(tiny_base, "full")
     with torch.no_grad():
         next(module.parameters()).fill_(float("nan"))
     engine = PlainEngine(module)

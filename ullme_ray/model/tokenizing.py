@@ -45,6 +45,7 @@ class TextTokenizer:
         self.hf = tokenizer
         self.max_tokens = max_tokens
         self.prompts: dict[str, str] = {"query": query_prompt, "passage": passage_prompt}
+        self._variants: dict[tuple[str, str], TextTokenizer] = {}
         self._prompt_lengths = {name: self._prompt_length(prompt) for name, prompt in self.prompts.items()}
         for name, length in self._prompt_lengths.items():
             if length >= max_tokens:
@@ -54,10 +55,14 @@ class TextTokenizer:
                 )
 
     def with_prompts(self, query: str, passage: str) -> TextTokenizer:
-        """The same tokenizer with other prompts."""
+        """The same tokenizer with other prompts; made once for each pair of them."""
         if self.prompts == {"query": query, "passage": passage}:
             return self
-        return TextTokenizer(self.hf, max_tokens=self.max_tokens, query_prompt=query, passage_prompt=passage)
+        if (query, passage) not in self._variants:
+            self._variants[query, passage] = TextTokenizer(
+                self.hf, max_tokens=self.max_tokens, query_prompt=query, passage_prompt=passage
+            )
+        return self._variants[query, passage]
 
     @property
     def pad_id(self) -> int:

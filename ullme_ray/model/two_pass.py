@@ -95,36 +95,41 @@ class TwoPassModel(nn.Module):
 
     def forward(
         self,
-        queries: TokenBatch,
-        passages: TokenBatch,
+        queries: TokenBatch | None,
+        passages: TokenBatch | None = None,
         generation: GenerationBatch | None = None,
         *,
-        seeds: tuple[Tensor, Tensor, Tensor],
+        seeds: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
         with_reference: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Both passes over one chunk of C queries with K passages each.
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Both passes over one chunk of C queries with K passages each; what is None is left out.
 
         Args:
             queries: (C, L) and passages: (C*K, L'), two forward passes, for queries are often much shorter.
-            generation: (C*K, L'') prompt + passage rows, or None for the encode pass alone.
-            seeds: dropout seeds of the rows of queries, passages and generation.
+            generation: (C*K, L'') prompt + passage rows.
+            seeds: dropout seeds of the rows of queries, passages and generation; needed in training mode.
             with_reference: also score `generation` under the reference model.
 
         Returns:
-            query embedding (C, D), passage embedding (C*K, D), and, each (C*K,) or None where not asked: summed log-probs,
-            mean log-probs, the reference's summed log-probs.
+            query embedding (C, D), passage embedding (C*K, D), and, each (C*K,): summed log-probs, mean log-probs, the
+            reference's summed log-probs.
         """
-        backbone = self.causal_lm.base_model
-        with self.seeds.use(seeds[0]):
-            query_embedding = encode_batch(backbone, queries, self.pooling)
-        with self.seeds.use(seeds[1]):
-            passage_embedding = encode_batch(backbone, passages, self.pooling)
-        if generation is None:
-            return query_embedding, passage_embedding, None, None, None
-        with self.seeds.use(seeds[2]), self.adapters.use(self.adapters.generate):
-            logps = passage_logps(self.causal_lm, generation)
-        reference = self._reference_logps(generation) if with_reference and self.reference != "none" else None
-        return query_embedding, passage_embedding, logps.total, logps.mean, reference
+        logps = reference = None
+        query_embedding = self._encode(queries, seeds[0])
+        passage_embedding = self._encode(passages, seeds[1])
+        if generation is not None:
+            with self.seeds.use(seeds[2]), self.adapters.use(self.adapters.generate):
+                logps = passage_logps(self.causal_lm, generation)
+            if with_reference and self.reference in ("adapter_off", "frozen_copy"):
+                reference = self._reference_logps(generation)
+        total, mean = logps or (None, None)
+        return query_embedding, passage_embedding, total, mean, reference
+
+    def _encode(self, batch: TokenBatch | None, seeds: Tensor | None) -> Tensor | None:
+        if batch is None:
+            return None
+        with self.seeds.use(seeds):
+            return encode_batch(self.causal_lm.base_model, batch, self.pooling)
 
     @torch.no_grad()
     def _reference_logps(self, generation: GenerationBatch) -> Tensor:

@@ -90,17 +90,11 @@ def collate(
     examples: Sequence[Example], tokenizer: TextTokenizer, *, with_generation: bool, max_generation_tokens: int
 ) -> TrainBatch:
     """Tokenizes and pads one rank's examples; all have the same P and N and come from one source."""
-    prompts = examples[0].prompts
-    if prompts is not None:
-        tokenizer = tokenizer.with_prompts(prompts.query, prompts.passage)
+    tokenizer = _own_prompts(tokenizer, examples[0])
     queries = tokenizer.tokenize([e.query for e in examples], "query")
-    flat = [(e.query, passage) for e in examples for passage in e.passages]  # B*K, row-major
+    flat = [(e, passage) for e in examples for passage in e.passages]  # B*K, row-major
     passages = tokenizer.tokenize([passage for _, passage in flat], "passage")
-    generation = None
-    if with_generation:
-        scored = [tokenizer.tokenize_generation(query, passage, max_tokens=max_generation_tokens) for query, passage in flat]
-        padded = pad_batch([s.input_ids for s in scored], 0, tokenizer.pad_id)
-        generation = GenerationBatch(padded.input_ids, padded.attention_mask, torch.tensor([s.passage_length for s in scored]))
+    generation = generation_batch(flat, tokenizer, max_tokens=max_generation_tokens) if with_generation else None
     return TrainBatch(
         queries=pad_batch(queries.input_ids, queries.prompt_length, tokenizer.pad_id),
         passages=pad_batch(passages.input_ids, passages.prompt_length, tokenizer.pad_id),
@@ -112,6 +106,20 @@ def collate(
         teacher_scores=torch.tensor([e.scores for e in examples]) if examples[0].scores is not None else None,
         in_batch_negatives=examples[0].in_batch_negatives,
     )
+
+
+def generation_batch(pairs: Sequence[tuple[Example, str]], tokenizer: TextTokenizer, *, max_tokens: int) -> GenerationBatch:
+    """(query, passage) pairs as rows to score, each with the prompts of its source."""
+    scored = [
+        _own_prompts(tokenizer, example).tokenize_generation(example.query, passage, max_tokens=max_tokens)
+        for example, passage in pairs
+    ]
+    padded = pad_batch([s.input_ids for s in scored], 0, tokenizer.pad_id)
+    return GenerationBatch(padded.input_ids, padded.attention_mask, torch.tensor([s.passage_length for s in scored]))
+
+
+def _own_prompts(tokenizer: TextTokenizer, example: Example) -> TextTokenizer:
+    return tokenizer.with_prompts(example.prompts.query, example.prompts.passage) if example.prompts else tokenizer
 
 
 def text_key(text: str) -> int:

@@ -51,3 +51,13 @@ def all_sum(tensor: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(total)
     return total
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value (picklable, small), in rank order."""
+    world_size = world()[1]
+    if world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, value)
+    return gathered

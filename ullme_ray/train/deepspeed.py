@@ -1,4 +1,4 @@
-"""The only place that knows DeepSpeed: an engine whose gradient is reduced over ranks once per step, under ZeRO 0 to 3.
+"""The only place that knows DeepSpeed: an engine whose gradient is reduced over ranks once per step, under ZeRO 1 to 3.
 
 Trap: with several `backward` calls in a step, plain DeepSpeed reduces at each call, and the result is silently wrong under
 ZeRO 1 and 2 (cosine 0.68 with the true gradient); the boundary is therefore set by hand at every call.
@@ -10,10 +10,21 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor
 
 from ullme_ray.model.two_pass import TwoPassModel
 from ullme_ray.spec.job import JobSpec
+from ullme_ray.train.engine import ParameterState, adamw
 
 # On a CPU DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, a C++ compiler, and ranks that must
 # share one host. gloo does without all three.
@@ -23,23 +34,31 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 def engine_config(job: JobSpec, world_size: int) -> dict[str, Any]:
     """DeepSpeed's config for a job; what it does not hold is left to DeepSpeed's defaults."""
     assert job.train is not None
-    stage, dtype = job.train.deepspeed.zero_stage, job.model.dtype
+    settings, dtype = job.train.deepspeed, job.model.dtype
+    on_gpu = job.train.workers.gpus_per_worker > 0
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if settings.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "train_micro_batch_size_per_gpu": job.train.global_batch_size // world_size,  # not used: chunking is ours
         "gradient_accumulation_steps": 1,
         "gradient_clipping": job.train.max_grad_norm,  # always written: DeepSpeed's default clips to 1.0
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is fused on the CPU too, and needs no compiler
         "bf16": {"enabled": dtype == "bfloat16"},
-        # The chunks' gradients are summed in fp32, except under ZeRO 0, where DeepSpeed only sums in the dtype of the weights.
-        "data_types": {"grad_accum_dtype": "bf16" if stage == 0 and dtype == "bfloat16" else "fp32"},
+        # Sums over chunks and over ranks in float32, whatever the dtype of the weights.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
 
 
 class DeepSpeedEngine:
-    """`train.step.Engine` on DeepSpeed; the process group must be up.
+    """`train.engine.Engine` on DeepSpeed; the process group must be up.
 
     Args:
         module: the model, on the CPU, in the dtype of the job.
@@ -51,11 +70,13 @@ class DeepSpeedEngine:
         train = job.train
         assert train is not None
         self.module = module
-        self.zero_stage = train.deepspeed.zero_stage
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, betas=(0.9, 0.999), weight_decay=train.weight_decay)
+        self.zero_stage: int = train.deepspeed.zero_stage
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=engine_config(job, world_size), dist_init_required=False
+            model=module,
+            optimizer=adamw(self._trained.values(), train),
+            config=engine_config(job, world_size),
+            dist_init_required=False,
         )
 
     @property
@@ -76,39 +97,67 @@ class DeepSpeedEngine:
 
     def step(self) -> float:
         """Updates the weights; returns the global gradient norm before clipping."""
-        # ZeRO 0 in fp32 reports no norm unless it clips; its whole gradient lies in the parameters.
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None] if self.zero_stage == 0 else []
-        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else float("nan")
         self._engine.step()
-        reported = self._engine.get_global_grad_norm()
-        return float(reported) if reported is not None else norm
+        return float(self._engine.get_global_grad_norm())
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every trained parameter's whole gradient, between the last backward and `step`; a collective call, for tests."""
-        from deepspeed.utils import safe_get_full_grad
-
-        gradients: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                gradient = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
-                if gradient is not None:
-                    gradients[name] = gradient.detach().float().clone()
-        return gradients
+        gradients = {name: safe_get_full_grad(parameter) for name, parameter in self._trained.items()}
+        return {name: grad.detach().float().clone() for name, grad in gradients.items() if grad is not None}
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """Every trained parameter, whole, on the CPU, under the name it has in `module.lm`; a collective call."""
-        weights: dict[str, Tensor] = {}
-        for name, parameter in self.module.lm.named_parameters():
-            if parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                    weights[name] = parameter.detach().to("cpu", copy=True)
-        return weights
+        """Every trained parameter in float32, whole, on the CPU; a collective call."""
+        return {name: safe_get_full_fp32_param(p).detach().to("cpu", copy=True) for name, p in self._trained.items()}
 
-    def save(self, folder: str) -> None:
-        """Writes this rank's part of weights and optimizer below a local folder; a collective call."""
-        self._engine.save_checkpoint(folder, tag="state", save_latest=False, exclude_frozen_parameters=True)
+    def trained_names(self) -> dict[str, int]:
+        """Names of the trained parameters with their sizes, in one order on all ranks."""
+        return {name: getattr(p, "ds_numel", p.numel()) for name, p in self._trained.items()}
 
-    def load(self, folder: str) -> None:
-        """Takes back what `save` wrote, on the same number of ranks; a collective call."""
-        path, _ = self._engine.load_checkpoint(folder, tag="state", load_module_strict=False)
-        assert path is not None, folder
+    def parameter_state(self, name: str) -> ParameterState:
+        """Master weight and moments of one parameter, whole; a collective call, after at least one step."""
+        parameter = self._trained[name]
+        return ParameterState(
+            safe_get_full_fp32_param(parameter),
+            safe_get_full_optimizer_state(parameter, "exp_avg"),
+            safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
+        )
+
+    def set_parameter_state(self, name: str, value: ParameterState, *, steps_done: int) -> None:
+        """Takes back what `parameter_state` gave, on any number of ranks; a collective call.
+
+        The weights that the model computes with must have been loaded before the engine was made: this sets their masters.
+        """
+        self._ensure_moments(steps_done)
+        parameter: Any = self._trained[name]
+        if self.zero_stage < 3:
+            safe_set_full_fp32_param(parameter, value.weight)
+            safe_set_full_optimizer_state(parameter, value.exp_avg, "exp_avg")
+            safe_set_full_optimizer_state(parameter, value.exp_avg_sq, "exp_avg_sq")
+            return
+        # DeepSpeed's own setter for whole values reads past the end when the last rank's share is padded.
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank()
+
+        def own(whole: Tensor) -> Tensor:
+            share = whole.flatten()[rank * size : (rank + 1) * size]
+            return torch.nn.functional.pad(share, (0, size - len(share)))
+
+        safe_set_local_fp32_param(parameter, own(value.weight))
+        safe_set_local_optimizer_state(parameter, own(value.exp_avg), "exp_avg")
+        safe_set_local_optimizer_state(parameter, own(value.exp_avg_sq), "exp_avg_sq")
+
+    def _ensure_moments(self, steps_done: int) -> None:
+        """AdamW makes its moments at the first step; a resumed engine needs them before."""
+        sharded = self._engine.optimizer
+        for flat in _flat_masters(sharded):
+            if "exp_avg" not in sharded.optimizer.state[flat]:
+                sharded.optimizer.state[flat] = {"exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+            sharded.optimizer.state[flat]["step"] = torch.tensor(float(steps_done))
+        if self.zero_stage < 3:
+            sharded._lazy_init_hp_params_optimizer_state()
+
+
+def _flat_masters(sharded: Any) -> list[Tensor]:
+    """The flat fp32 tensors that AdamW moves, under the name that each of DeepSpeed's ZeRO optimizers gives them."""
+    names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+    (found,) = [getattr(sharded, name) for name in names if hasattr(sharded, name)]
+    return list(found)

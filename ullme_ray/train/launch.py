@@ -22,6 +22,7 @@ from ullme_ray.spec.run_folder import dump_job
 from ullme_ray.train.checkpoint import check_resumable, list_checkpoints
 from ullme_ray.train.curves import write_curves
 from ullme_ray.train.trackers import Trackers, check_trackers
+from ullme_ray.train.validation import read_validation_set
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def preflight(job: JobSpec) -> None:
     storage.check_writable(RunFolder.of(job).root)
     check_sources(job)
     check_trackers(job)
+    if job.train is not None and job.train.validation is not None:
+        read_validation_set(job)
     for checkpoint in list_checkpoints(job)[-1:]:
         check_resumable(job, checkpoint)
 
@@ -73,8 +76,8 @@ def run_train(job: JobSpec) -> TrainResult:
     done = list_checkpoints(job)
     if done:
         check_resumable(job, done[-1])
-        if done[-1].step >= train.max_steps and storage.exists(storage.join(run.export, "modules.json")):
-            return TrainResult(run.export, train.max_steps, already_done=True, final={})
+        if done[-1].manifest["finished"] and storage.exists(storage.join(run.export, "modules.json")):
+            return TrainResult(run.export, done[-1].step, already_done=True, final={})
 
     mailbox = _Mailbox.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     steps_done = done[-1].step if done else 0
@@ -111,7 +114,7 @@ def run_train(job: JobSpec) -> TrainResult:
                     raise failure
         finally:
             _draw_curves(job, bar)  # also of a run that broke off: there they are wanted most
-    return TrainResult(run.export, train.max_steps, already_done=False, final=watcher.last)
+    return TrainResult(run.export, int(watcher.last.get("step", steps_done)), already_done=False, final=watcher.last)
 
 
 def _draw_curves(job: JobSpec, bar: Progress) -> None:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ from ullme_ray.model.two_pass import build_two_pass
 from ullme_ray.pairs import read_sources
 from ullme_ray.spec.job import JobSpec, TrainSpec
 from ullme_ray.spec.run_folder import RunFolder
-from ullme_ray.train.checkpoint import load_checkpoint, save_checkpoint
+from ullme_ray.train.checkpoint import Progress, open_checkpoint, restore_state, restore_weights, save_checkpoint
 from ullme_ray.train.collate import TrainBatch, collate
 from ullme_ray.train.collectives import world
 from ullme_ray.train.data import BatchSampler
-from ullme_ray.train.deepspeed import DeepSpeedEngine
+from ullme_ray.train.engine import open_engine
 from ullme_ray.train.metrics import MetricsLog, peak_flops, step_flops
+from ullme_ray.train.reference import Table, ensure_reference, reference_logps
 from ullme_ray.train.step import total_tokens, train_step
+from ullme_ray.train.validation import Validator
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -60,25 +63,37 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
         seed=job.seed,
     )
     num_parameters = _non_embedding_parameters(module.causal_lm)
-    engine = DeepSpeedEngine(module, job, world_size)
-    peak = peak_flops(engine.device, DTYPES[job.model.dtype]) * world_size
+    validator = Validator(job, tokenizer) if train.validation is not None else None
 
-    # Resume
-    steps_done = load_checkpoint(engine, job)
+    # Resume: weights before the engine is made of them, then what the optimizer keeps
+    reader = open_checkpoint(job)
+    if reader is not None:
+        restore_weights(module, reader)
+    engine = open_engine(module, job, world_size)
+    if reader is not None:
+        restore_state(engine, reader)
+    at = reader.progress if reader is not None else Progress(step=0)
+    steps_done = at.step
+    reference: Table | None = None
+    if train.objective.needs_reference and train.objective.reference == "precomputed":
+        reference = ensure_reference(engine, sampler, tokenizer, job, steps_done=steps_done)
+    peak = peak_flops(engine.device, DTYPES[job.model.dtype]) * world_size
     log = MetricsLog(RunFolder.of(job).metrics, steps_done=steps_done) if rank == 0 else None
 
     def fetch(step: int) -> TrainBatch:
-        return collate(
-            sampler.examples(step, rank * per_rank, per_rank),
+        examples = sampler.examples(step, rank * per_rank, per_rank)
+        batch = collate(
+            examples,
             tokenizer,
             with_generation=train.objective.needs_generation,
             max_generation_tokens=train.max_generation_tokens or job.model.max_tokens,
         )
+        return replace(batch, reference_logps=reference_logps(examples, reference)) if reference is not None else batch
 
     with ThreadPoolExecutor(1) as prefetch:  # the next batch is tokenized while this one is computed
-        upcoming = prefetch.submit(fetch, steps_done) if steps_done < train.max_steps else None
-        for step in range(steps_done, train.max_steps):
-            start = time.perf_counter()
+        upcoming = prefetch.submit(fetch, steps_done) if not _is_over(at, train) else None
+        while not _is_over(at, train):
+            step, start = at.step, time.perf_counter()
             assert upcoming is not None
             batch = upcoming.result().to(engine.device)
             if step + 1 < train.max_steps:
@@ -90,9 +105,17 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
 
             encode_tokens, generate_tokens = total_tokens(batch)
             seconds = time.perf_counter() - start
-            if log is not None and ((step + 1) % train.log_every_steps == 0 or step + 1 == train.max_steps):
+            at = replace(at, step=step + 1)
+            improved = False
+            if validator is not None and (at.step % validator.settings.every_steps == 0 or at.step == train.max_steps):
+                before = at.best
+                at = replace(at, validations=(*at.validations, (at.step, validator.measure(engine))))
+                improved = at.best != before
+            at = replace(at, finished=_is_over(at, train))
+
+            if log is not None and (at.step % train.log_every_steps == 0 or at.finished or _just_validated(at)):
                 record = {
-                    "step": step + 1,
+                    "step": at.step,
                     "loss": result.loss,
                     "contrastive_loss": result.contrastive_loss,
                     "generation_loss": result.generation_loss,
@@ -104,17 +127,35 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
                     "step_s": seconds,
                     "memory_bytes": _memory_bytes(engine.device),
                 }
+                if train.objective.distill_weight > 0:
+                    record["distill_loss"] = result.distill_loss
+                if _just_validated(at):
+                    record["validation_ndcg"] = at.validations[-1][1]
                 log.write(record)
                 report(record)
 
-            if (step + 1) % train.checkpoint_every_steps == 0 or step + 1 == train.max_steps:
+            if at.step % train.checkpoint_every_steps == 0 or improved or at.finished:
                 if log is not None:
                     log.flush()  # first: a resumed run drops records after its checkpoint, but cannot make up missing ones
-                save_checkpoint(engine, job, step + 1)
+                save_checkpoint(engine, job, at)
 
     if log is not None:
         log.close()
-    _export(engine, job)
+    _export(job, at)
+
+
+def _just_validated(at: Progress) -> bool:
+    return bool(at.validations) and at.validations[-1][0] == at.step
+
+
+def _is_over(at: Progress, train: TrainSpec) -> bool:
+    """All steps are done, or the last `patience` validations brought nothing better."""
+    patience = train.validation.patience if train.validation is not None else None
+    if at.step >= train.max_steps:
+        return True
+    if patience is None or at.best is None:
+        return False
+    return len([step for step, _ in at.validations if step > at.best[0]]) >= patience
 
 
 def learning_rate_at(step: int, train: TrainSpec) -> float:
@@ -127,27 +168,28 @@ def learning_rate_at(step: int, train: TrainSpec) -> float:
     return train.learning_rate * shape
 
 
-def _export(engine: DeepSpeedEngine, job: JobSpec) -> None:
-    """Rank 0 puts the trained weights into a fresh copy of the base and publishes it; a collective call."""
-    assert job.train is not None
-    weights = engine.trained_weights()
+def _export(job: JobSpec, at: Progress) -> None:
+    """Rank 0 puts the weights of the best validated, or else the last, checkpoint into a fresh copy of the base."""
+    train = job.train
+    assert train is not None
+    keeps_best = train.validation is not None and train.validation.export == "best" and at.best is not None
+    reader = open_checkpoint(job, step=at.best[0] if keeps_best and at.best else None)
+    assert reader is not None
     if world()[0] != 0:
         return
     run = RunFolder.of(job)
     module = build_two_pass(base_folder(job), job.model, reference="none", dtype=torch.float32)
-    missing, unexpected = module.lm.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
-    assert not unexpected, unexpected
-    assert not set(weights) & set(missing), missing
+    restore_weights(module, reader)
     with tempfile.TemporaryDirectory() as local:
         if job.model.lora is not None:
             module.lm.save_pretrained(f"{local}/adapter", selected_adapters=[ENCODE])
             storage.put_folder(f"{local}/adapter", storage.join(run.root, "adapter"))
         backbone = merge_lora(module.lm).base_model.to(DTYPES[job.model.dtype])
         training = {
-            "objective": job.train.objective.preset,
-            "steps": job.train.max_steps,
-            "global batch size": job.train.global_batch_size,
-            "learning rate": job.train.learning_rate,
+            "objective": train.objective.preset,
+            "steps": reader.progress.step,
+            "global batch size": train.global_batch_size,
+            "learning rate": train.learning_rate,
         }
         tokenizer = open_tokenizer(job, which="base").hf
         export_encoder(backbone, tokenizer, job, f"{local}/model", training=training)
