@@ -8,32 +8,28 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from grl_reference import SEED, STEP, make_batch, make_module, objective, plain_gradient, relative_error
+from grl_reference import CASES, SEED, STEP, case_module, make_batch, objective, plain_gradient, relative_error
 
+from ullme_ray.model.backbone import DTYPES
 from ullme_ray.spec import JobSpec
 
 ROWS = 12  # of the global batch, whatever the number of ranks
-CASES = [  # preset, lora, chunk size
-    ("grl", True, 2),
-    ("grl", False, 5),
-    ("cl", False, ROWS),
-    ("sft", False, 3),
-    ("dpo", True, 1),
-]
+CHUNK_SIZES = dict(zip(CASES, [ROWS, 1, 3, 5, 2, 1, 3, 2, 5, 4, 3, 2], strict=True))  # all kinds, over the cases
 
 
-def make_job(base: str, stage: int, world_size: int, dtype: str = "float32") -> JobSpec:
+def make_job(base: str, stage: int, world_size: int, dtype: str = "float32", **deepspeed: bool) -> JobSpec:
     train = {
         "data": [{"path": "x"}],
         "global_batch_size": ROWS,
         "workers": {"num_workers": world_size},
-        "deepspeed": {"zero_stage": stage},
+        "deepspeed": {"zero_stage": stage, **deepspeed},
     }
     return JobSpec.model_validate({"name": "t", "model": {"base": base, "dtype": dtype}, "train": train})
 
@@ -42,6 +38,7 @@ def compare_on_rank(rank: int, world_size: int, port: int, base: str, expected_f
     import torch.distributed as dist
 
     from ullme_ray.train.deepspeed import DeepSpeedEngine
+    from ullme_ray.train.engine import open_engine
     from ullme_ray.train.step import backward_step
 
     torch.set_num_threads(1)
@@ -51,27 +48,31 @@ def compare_on_rank(rank: int, world_size: int, port: int, base: str, expected_f
     per_rank = ROWS // world_size
     batch = make_batch(base, ROWS, first=rank * per_rank, stop=(rank + 1) * per_rank)
     errors: list[Any] = []
+
+    def compare(label: str, case: str, job: JobSpec, make_engine: Any = open_engine, chunk_size: int | None = None) -> None:
+        module = case_module(base, case).to(DTYPES[job.model.dtype])
+        engine = make_engine(module, job, world_size)
+        spec = objective(case)
+        own = batch if spec.reference == "precomputed" else replace(batch, reference_logps=None)
+        backward_step(engine, own, spec, chunk_size=chunk_size or CHUNK_SIZES[case], step=STEP, seed=SEED)
+        error = relative_error(engine.full_gradients(), expected[case])
+        errors.append([label, job.train.deepspeed.zero_stage, case, error])
+
     for stage in range(4):
-        for position, (preset, lora, chunk_size) in enumerate(CASES):
-            module = make_module(base, lora=lora)
-            engine = DeepSpeedEngine(module, make_job(base, stage, world_size), world_size)
-            backward_step(engine, batch, objective(preset), chunk_size=chunk_size, step=STEP, seed=SEED)
-            errors.append(["ours", stage, preset, chunk_size, relative_error(engine.full_gradients(), expected[position])])
-        module = make_module(base, lora=False).to(torch.bfloat16)
-        engine = DeepSpeedEngine(module, make_job(base, stage, world_size, "bfloat16"), world_size)
-        backward_step(engine, batch, objective("grl"), chunk_size=2, step=STEP, seed=SEED)
-        errors.append(["bfloat16", stage, "grl", 2, relative_error(engine.full_gradients(), expected[1])])
+        for case in CASES:
+            compare("ours", case, make_job(base, stage, world_size))
+        compare("bfloat16", "dpo-frozen-copy", make_job(base, stage, world_size, "bfloat16"), chunk_size=2)
     if world_size == 2:
+        for stage, offload in [(1, {"offload_optimizer": True}), (2, {"offload_optimizer": True})]:
+            compare("ours", "grl", make_job(base, stage, world_size, **offload))
+        compare("ours", "grl", make_job(base, 3, world_size, offload_optimizer=True, offload_parameters=True))
 
         class Unaware(DeepSpeedEngine):
             def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
                 self._engine.backward(loss)
 
         for stage in (1, 2):
-            module = make_module(base, lora=False)
-            engine = Unaware(module, make_job(base, stage, world_size), world_size)
-            backward_step(engine, batch, objective("grl"), chunk_size=3, step=STEP, seed=SEED)
-            errors.append(["control", stage, "grl", 3, relative_error(engine.full_gradients(), expected[1])])
+            compare("control", "dpo-frozen-copy", make_job(base, stage, world_size), Unaware, chunk_size=3)
     if rank == 0:
         Path(result_file).write_text(json.dumps(errors))
     dist.barrier()
@@ -81,7 +82,10 @@ def compare_on_rank(rank: int, world_size: int, port: int, base: str, expected_f
 @pytest.fixture(scope="module")
 def expected_file(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     batch = make_batch(tiny_base, ROWS)
-    gradients = [plain_gradient(make_module(tiny_base, lora=lora), batch, objective(preset)) for preset, lora, _ in CASES]
+    gradients = {}
+    for case in CASES:
+        own = batch if objective(case).reference == "precomputed" else replace(batch, reference_logps=None)
+        gradients[case] = plain_gradient(case_module(tiny_base, case), own, objective(case))
     path = tmp_path_factory.mktemp("expected") / "gradients.pt"
     torch.save(gradients, path)
     return str(path)
@@ -100,7 +104,7 @@ def test_gradient_equals_plain_training_under_every_zero_stage(
     mp.spawn(compare_on_rank, args=(world_size, port, tiny_base, expected_file, str(result)), nprocs=world_size)
     errors = json.loads(result.read_text())
     ours = [e for e in errors if e[0] == "ours"]
-    assert len(ours) == 4 * len(CASES)
+    assert len(ours) == 4 * len(CASES) + (3 if world_size == 2 else 0)
     assert [e for e in ours if e[-1] > 1e-5] == []
     bfloat16 = [e for e in errors if e[0] == "bfloat16"]
     assert len(bfloat16) == 4
