@@ -57,7 +57,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     weed = Path(sys.executable).with_name("weed")  # of this environment, which need not be on PATH
     command = (
         f"{weed} -logtostderr=true server -dir={folder}/data -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.port={master} "
-        f"-volume.port={volume} -filer.port={filer} -master.telemetry=false -master.volumeSizeLimitMB=1024 -volume.max=30 "
+        f"-volume.port={volume} -filer.port={filer} -master.telemetry=false -master.volumeSizeLimitMB=64 -volume.max=1000 "
         f"-filer -s3 -s3.port={port} -s3.config={folder}/identities.json -s3.port.iceberg=0 -s3.port.lance=0"
     )
     log = folder / "weed.log"
