@@ -162,7 +162,7 @@ def test_contrastive(
     candidates = make(16, first_row=0 if make is repeated else 8, own=8)
     # Positives near their query, as after some training; one row in four is not, for the filters and the miner to tell apart.
     q, p = unit(rng, 8, D), unit(rng, 16, K, D)
-    near = q[:, None] + 0.5 * unit(rng, 8, P, D)
+    near = q[:, None] + np.array([0.1, 1.2])[:, None] * unit(rng, 8, P, D)  # the first nearer, for the miner to drop it alone
     p[candidates.own, :P] = np.where(
         np.arange(8)[:, None, None] % 4 > 0, near / np.linalg.norm(near, axis=-1, keepdims=True), -near
     )
@@ -286,6 +286,17 @@ def test_query_whose_positives_are_all_easy_has_loss_zero_under_the_miner() -> N
     assert q.grad is not None
     assert torch.equal(q.grad, torch.zeros(1, 2))
     assert loss(1.1).item() > 0
+
+
+@pytest.mark.parametrize("form", ["infonce", "supcon"])
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_miner_keeps_one_positive_of_two(form: Any, in_batch: bool) -> None:
+    cosines = torch.tensor([0.9, 0.3, 0.2])  # the first is easy: 0.9 - 0.2 >= 0.2
+    p = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
+    candidates = distinct(1, num_positives=2, k=3)
+    options: dict[str, Any] = {"temperature": 0.1, "form": form, "miner_epsilon": 0.2, "in_batch_negatives": in_batch}
+    loss = contrastive_loss(torch.tensor([[1.0, 0.0]]), p, candidates, **options)
+    assert loss.item() == pytest.approx(np.log(1 + np.exp((0.2 - 0.3) / 0.1)), rel=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
