@@ -19,14 +19,14 @@ source is read once per machine as a stream, and then costs no memory however ma
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ullme_ray import storage
 from ullme_ray.errors import DataError
-from ullme_ray.pairs.listing import list_data
+from ullme_ray.pairs.listing import DataFiles, list_data
 from ullme_ray.pairs.rows import TOO_FEW_NEGATIVES, Pair
-from ullme_ray.pairs.store import SourceFiles, open_store
+from ullme_ray.pairs.store import SourceFiles, StoredSource, open_store
 from ullme_ray.spec.job import JobSpec, PromptsSpec, SourceSpec, TrainSpec
 from ullme_ray.spec.run_folder import RunFolder
 
@@ -47,11 +47,12 @@ class Source:
     notes: tuple[str, ...] = ()  # sentences for a person
 
 
-def read_sources(job: JobSpec, *, publish_rejects: bool = True) -> list[Source]:
+def read_sources(job: JobSpec, *, publish_rejects: bool = True, complete: bool = True) -> list[Source]:
     """Opens every source of the job, after reading it into this machine's cache if no process here has done so.
 
     Args:
         publish_rejects: put the list of rejected rows into the run's folder; one rank is enough.
+        complete: leave out rows without the hard negatives and teacher scores that training needs; mining takes them.
 
     Raises:
         DataError: a source has no file, a file cannot be read to its end, no row of it is usable, or more than
@@ -61,52 +62,61 @@ def read_sources(job: JobSpec, *, publish_rejects: bool = True) -> list[Source]:
     train, run = job.train, RunFolder.of(job)
     assert train is not None
     listed = [list_data(run.resolve(source.path), i) for i, source in enumerate(train.data)]
-    store = open_store(
-        [SourceFiles(data.files, _least_negatives(train, s), _needs_scores(train)) for s, data in zip(train.data, listed)]
-    )
-    sources, errors = [], []
-    for i, (spec, data, kept) in enumerate(zip(train.data, listed, store.sources)):
-        name = f"train.data.{i}.path = {run.resolve(spec.path)}"
-        total = len(kept.pairs) + sum(kept.rejected.values())
-        faulty = sum(number for reason, number in kept.rejected.items() if reason != TOO_FEW_NEGATIVES)
-        reasons = sorted(kept.rejected.items(), key=lambda item: (-item[1], item[0]))
-        commonest = "; ".join(f"{number} x {reason}" for reason, number in reasons[:3])
-        notes = [f"train.data.{i}: {data.note}"] if data.note else []
-        if kept.rejected:
-            notes.append(
-                f"train.data.{i}: {total - len(kept.pairs)} of {total} rows left out ({commonest}); listed in {run.rejects}"
-            )
-        if kept.dropped_negatives:
-            notes.append(f"train.data.{i}: {kept.dropped_negatives} hard negatives dropped that another row calls positive")
-        if not total:
-            errors.append(f"{name} holds no row at all; check the files")
-        elif not kept.pairs:
-            errors.append(f"{name} holds no usable row; all {total} were left out ({commonest}), see {run.rejects}")
-        elif faulty > train.max_rejected_share * total:
-            errors.append(
-                f"{name}: {faulty} of {total} rows were rejected ({commonest}), which is more than "
-                f"train.max_rejected_share = {train.max_rejected_share}; repair what {run.rejects} lists, or raise the share"
-            )
-        sources.append(
-            Source(
-                run.resolve(spec.path),
-                spec.weight,
-                kept.pairs,
-                spec.prompts,
-                spec.in_batch_negatives,
-                kept.fingerprint,
-                kept.rejected,
-                tuple(notes),
-            )
-        )
-    if publish_rejects or errors:
+    wanted = [
+        SourceFiles(data.files, _least_negatives(train, spec) if complete else 0, complete and _needs_scores(train))
+        for spec, data in zip(train.data, listed)
+    ]
+    store = open_store(wanted)
+    complaints = [_complaint(job, i, stored) for i, stored in enumerate(store.sources)]
+    if publish_rejects or any(complaints):
         if store.rejects is not None:
             storage.put_file(store.rejects, run.rejects)
         else:
             storage.remove(run.rejects)
-    if errors:
-        raise DataError("\n".join(errors))
-    return sources
+    if any(complaints):
+        raise DataError("\n".join(filter(None, complaints)))
+    return [
+        Source(
+            run.resolve(spec.path),
+            spec.weight,
+            stored.pairs,
+            spec.prompts,
+            spec.in_batch_negatives,
+            stored.fingerprint,
+            stored.rejected,
+            tuple(_notes(job, i, data, stored)),
+        )
+        for i, (spec, data, stored) in enumerate(zip(train.data, listed, store.sources))
+    ]
+
+
+def _complaint(job: JobSpec, position: int, stored: StoredSource) -> str | None:
+    """Why a source must not be trained on."""
+    train, run = job.train, RunFolder.of(job)
+    assert train is not None
+    name = f"train.data.{position}.path = {run.resolve(train.data[position].path)}"
+    if not stored.num_rows:
+        return f"{name} holds no row at all; check the files"
+    if not stored.pairs:
+        return f"{name} holds no usable row; all {stored.num_rows} were left out ({stored.reasons}), see {run.rejects}"
+    faulty = sum(number for reason, number in stored.rejected.items() if reason != TOO_FEW_NEGATIVES)  # that one is no fault
+    if faulty > train.max_rejected_share * stored.num_rows:
+        return (
+            f"{name}: {faulty} of {stored.num_rows} rows were rejected ({stored.reasons}), which is more than "
+            f"train.max_rejected_share = {train.max_rejected_share}; repair what {run.rejects} lists, or raise the share"
+        )
+    return None
+
+
+def _notes(job: JobSpec, position: int, data: DataFiles, stored: StoredSource) -> Iterator[str]:
+    name = f"train.data.{position}"
+    if data.note:
+        yield f"{name}: {data.note}"
+    if stored.rejected:
+        left_out = stored.num_rows - len(stored.pairs)
+        yield f"{name}: {left_out} of {stored.num_rows} rows left out ({stored.reasons}); listed in {RunFolder.of(job).rejects}"
+    if stored.dropped_negatives:
+        yield f"{name}: {stored.dropped_negatives} hard negatives dropped that another row of the same query calls positive"
 
 
 def check_sources(job: JobSpec) -> None:

@@ -64,6 +64,16 @@ class StoredSource:
     dropped_negatives: int
     fingerprint: str
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.pairs) + sum(self.rejected.values())
+
+    @property
+    def reasons(self) -> str:
+        """The commonest reasons for which rows were left out."""
+        reasons = sorted(self.rejected.items(), key=lambda item: (-item[1], item[0]))
+        return "; ".join(f"{number} x {reason}" for reason, number in reasons[:3])
+
 
 @dataclass(frozen=True)
 class Store:
