@@ -59,20 +59,31 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         "full",
     ),
     "filtered": ({"preset": "cl", "contrastive": "supcon", "negative_margin": 0.05, "negative_ratio": 0.99}, "full"),
+    "grl-latent": ({"preset": "grl"}, "latent"),
 }
 
 
 def make_module(folder: str, kind: str, *, reference: str = "auto", checkpointing: bool = False) -> TwoPassModel:
-    """`full` fine-tuning, or LoRA with dropout and `shared` or `separate` adapters."""
-    lora = None if kind == "full" else LoraSpec(rank=4, alpha=8, dropout=0.3, adapters=kind)  # type: ignore[arg-type]
-    model = ModelSpec(base=folder, max_tokens=64, lora=lora)
+    """`full` fine-tuning, also with `latent` attention pooling, or LoRA with dropout and `shared` or `separate` adapters."""
+    lora = None if kind in ("full", "latent") else LoraSpec(rank=4, alpha=8, dropout=0.3, adapters=kind)  # type: ignore[arg-type]
+    latent = {"pooling": "latent_attention", "latent_attention": {"latents": 5, "heads": 4}} if kind == "latent" else {}
+    model = ModelSpec.model_validate({"base": folder, "max_tokens": 64, "lora": lora, **latent})
     module = build_two_pass(folder, model, reference=reference, gradient_checkpointing=checkpointing, seed=2)
+    if kind == "latent":
+        stir(module.head)
     if lora:  # B starts at zero, which would hide the gradient of A
         generator = torch.Generator().manual_seed(4)
         for name, parameter in module.named_parameters():
             if "lora_B" in name:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     return module
+
+
+def stir(head: torch.nn.Module) -> None:
+    """Weights of latent attention as after training: its output matrices start at zero, which would hide all else."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in head.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
 
 
 def gradient(module: TwoPassModel) -> dict[str, Tensor]:

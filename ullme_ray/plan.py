@@ -163,6 +163,13 @@ def _shape(job: JobSpec) -> _Shape:
         with torch.device("meta"):
             trainable = _count(add_lora(model, job.model.lora, RowSeeds()), trained_only=True)
         parameters += trainable
+    if job.model.pooling == "latent_attention":
+        from ullme_ray.model.latent_attention import LatentAttention
+
+        latent = job.model.latent_attention
+        with torch.device("meta"):
+            head = _count(LatentAttention(config.get_text_config().hidden_size, latent.latents, latent.heads))
+        parameters, trainable = parameters + head, trainable + head
     text = config.get_text_config()
     return _Shape(
         parameters=parameters,

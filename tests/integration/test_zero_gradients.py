@@ -21,7 +21,7 @@ from ullme_ray.model.backbone import DTYPES
 from ullme_ray.spec import JobSpec
 
 ROWS = 12  # of the global batch, whatever the number of ranks
-CHUNK_SIZES = dict(zip(CASES, [ROWS, 1, 3, 5, 2, 1, 3, 2, 5, 4, 3, 2], strict=True))  # all kinds, over the cases
+CHUNK_SIZES = dict(zip(CASES, [ROWS, 1, 3, 5, 2, 1, 3, 2, 5, 4, 3, 2, 5], strict=True))  # all kinds, over the cases
 
 
 def make_job(base: str, stage: int, world_size: int, dtype: str = "float32", **deepspeed: bool) -> JobSpec:

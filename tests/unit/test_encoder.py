@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,12 +13,20 @@ import pytest
 import torch
 
 from ullme_ray.errors import ModelError
-from ullme_ray.model import Encoder, open_encoder
+from ullme_ray.model import Encoder, encoder_fingerprint, open_encoder
 from ullme_ray.model.backbone import load_causal_lm
 from ullme_ray.model.encode import TokenBatch, encode_batch, pad_batch
-from ullme_ray.model.encoder import EncoderSettings, check_probe, load_encoder, token_budget_batches
+from ullme_ray.model.encoder import (
+    EncoderSettings,
+    check_probe,
+    load_encoder,
+    probe_cosine,
+    probe_floor,
+    token_budget_batches,
+)
 from ullme_ray.model.export import export_encoder
 from ullme_ray.model.pooling import pool, pooling_mask
+from ullme_ray.parity import min_cosine
 from ullme_ray.spec import JobSpec
 
 POOLINGS = ("mean", "lasttoken", "cls", "weightedmean")
@@ -255,3 +264,82 @@ def test_pooling_that_cannot_be_computed_is_refused(
     (tmp_path / "model" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     with pytest.raises(ModelError, match=f"pools by {words}"):
         open_encoder(job_of(folder), device="cpu")
+
+
+def make_foreign(base: str, folder: Path, *, pooling: str = "mean", include_prompt: bool = True, **config: Any) -> Any:
+    """A sentence-transformers model as that library itself makes and saves it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    transformer = Transformer(base, max_seq_length=64)
+    for key, value in config.items():
+        setattr(transformer.auto_model.config, key, value)
+    parts = [transformer, Pooling(transformer.get_embedding_dimension(), pooling, include_prompt=include_prompt)]
+    prompts = {"query": "Find the answer:\n", "passage": "Text:\n"}
+    SentenceTransformer(modules=parts, device="cpu", prompts=prompts).save(str(folder))
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_foreign_model_is_encoded_as_its_folder_says(
+    tiny_base: str, tmp_path: Path, causal: bool, include_prompt: bool
+) -> None:
+    theirs = make_foreign(tiny_base, tmp_path, include_prompt=include_prompt, **({} if causal else {"is_causal": False}))
+    ours = open_encoder(job_of(str(tmp_path)), device="cpu")
+    assert (ours.settings.causal, ours.settings.prompt_is_pooled) == (causal, include_prompt)
+    other_attention = Encoder(
+        ours.backbone, ours.tokenizer, dataclasses.replace(ours.settings, causal=not causal), ours.fingerprint
+    )
+    other_prompt = Encoder(
+        ours.backbone,
+        ours.tokenizer,
+        dataclasses.replace(ours.settings, prompt_is_pooled=not include_prompt),
+        ours.fingerprint,
+    )
+    for prompt in ("query", "passage"):
+        expected = theirs.encode(TEXTS, prompt_name=prompt)
+        assert min_cosine(ours.encode(TEXTS, prompt), expected) >= 0.999999  # type: ignore[arg-type]
+        for control in (other_attention, other_prompt):
+            assert min_cosine(control.encode(TEXTS, prompt), expected) < 0.999  # type: ignore[arg-type]
+
+
+def test_foreign_model_with_more_than_pooling_is_refused(tiny_base: str, tmp_path: Path) -> None:
+    from sentence_transformers.models import Dense
+
+    model = make_foreign(tiny_base, tmp_path / "plain")
+    model.append(Dense(32, 16))
+    model.save(str(tmp_path / "dense"))
+    with pytest.raises(ModelError, match=r"the sentence-transformers model in .* has Dense; only Transformer, Pooling"):
+        open_encoder(job_of(str(tmp_path / "dense")), device="cpu")
+
+
+def test_fingerprint_covers_all_that_decides_the_ids(tiny_base: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    folder, before = str(tmp_path / "base"), encoder_fingerprint(job_of(str(tmp_path / "base")))
+    (tmp_path / "base" / "README.md").write_text("no part of the model")
+    assert encoder_fingerprint(job_of(folder)) == before
+    config = tmp_path / "base" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_prefix_space": True}))
+    assert encoder_fingerprint(job_of(folder)) != before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_probe_holds_exact_vectors_and_what_the_export_itself_reaches(
+    tiny_base: str, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_export(tiny_base, tmp_path / "model", dtype=dtype)
+    probe = json.loads((tmp_path / "model" / "probe.json").read_text())
+    exact = open_encoder(job_of(folder), device="cpu")
+    assert probe_cosine(exact, probe["entries"]) >= 0.999999
+    encoder = open_encoder(job_of(folder, dtype=dtype), device="cpu")
+    assert probe["dtype"] == dtype
+    assert check_probe(encoder, folder) == pytest.approx(probe["cosine"], abs=1e-6)
+    # An export that rounds more than usual is not refused where it rounds the same, and still is where it is not the same.
+    assert probe_floor(encoder, 0.998) == pytest.approx(0.992)
+    assert probe_floor(encoder, 1.0) == (0.9999 if dtype == "float32" else 0.999)
+    # The model card's own check, as a user runs it.
+    code = (tmp_path / "model" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    exec(code, {})
+    assert float(capsys.readouterr().out) >= probe_floor(encoder, probe["cosine"])

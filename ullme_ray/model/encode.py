@@ -86,8 +86,15 @@ def forward_states(backbone: Any, input_ids: Tensor, attention_mask: Tensor, *, 
     return backbone(**forward_inputs(backbone, input_ids, attention_mask), **flags).last_hidden_state
 
 
-def encode_batch(backbone: Any, batch: TokenBatch, pooling: str) -> Tensor:
-    """Texts -> embedding (B, D), float32, unit length (METHOD: encode)."""
-    hidden_states = forward_states(backbone, batch.input_ids, batch.attention_mask, bidirectional=True)  # (B, L, D)
+def encode_batch(backbone: Any, batch: TokenBatch, pooling: str, head: Any = None, *, bidirectional: bool = True) -> Tensor:
+    """Texts -> embedding (B, D), float32, unit length (METHOD: encode).
+
+    Args:
+        head: of `latent_attention` pooling: a layer between the token states and their mean.
+        bidirectional: false for a foreign decoder that was trained to embed causally.
+    """
+    states = forward_states(backbone, batch.input_ids, batch.attention_mask, bidirectional=bidirectional)  # (B, L, D)
+    assert (head is not None) == (pooling == "latent_attention")
+    hidden_states = states if head is None else head(states)  # (B, L, D)
     own = pooling_mask(batch.attention_mask, batch.prompt_lengths)
-    return pool(hidden_states, batch.attention_mask, own, pooling)
+    return pool(hidden_states, batch.attention_mask, own, "mean" if head is not None else pooling)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ import torch
 
 from ullme_ray import storage
 from ullme_ray.errors import ModelError, StorageError
-from ullme_ray.model.backbone import base_folder, first_position, load_backbone
+from ullme_ray.model.backbone import base_folder, first_position, load_backbone, load_config
 from ullme_ray.model.encode import encode_batch, pad_tokens
-from ullme_ray.model.family import check_length
+from ullme_ray.model.family import check_length, generates
+from ullme_ray.model.latent_attention import FOLDER, make_head
 from ullme_ray.model.tokenizing import PromptName, TextTokenizer, Tokens, load_tokenizer
 from ullme_ray.spec.job import JobSpec, ModelSpec
 from ullme_ray.spec.run_folder import RunFolder
@@ -32,6 +33,14 @@ _POOLING_KEYS = {
     "lasttoken": "pooling_mode_lasttoken",
     "weightedmean": "pooling_mode_weightedmean_tokens",
 }
+# Beside weights and code: what decides which ids a text becomes, and what the model does with them.
+_FINGERPRINTED = frozenset(
+    [
+        *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    ]
+)
+_NO_LENGTH = 10**9  # transformers writes 10**30 where a tokenizer has no limit
 
 
 @dataclass(frozen=True)
@@ -43,17 +52,24 @@ class EncoderSettings:
     query_prompt: str
     passage_prompt: str
     dtype: str
+    latent_attention: tuple[int, int] | None = None  # latents and heads
+    causal: bool = False  # a sentence-transformers decoder that was not trained to attend both ways
+    prompt_is_pooled: bool = False  # so sentence-transformers does unless told otherwise
 
     @classmethod
     def of(cls, model: ModelSpec) -> EncoderSettings:
-        return cls(model.pooling, model.max_tokens, model.prompts.query, model.prompts.passage, model.dtype)
+        shape = (model.latent_attention.latents, model.latent_attention.heads) if model.pooling == "latent_attention" else None
+        return cls(model.pooling, model.max_tokens, model.prompts.query, model.prompts.passage, model.dtype, shape)
 
 
 class Encoder:
     """Texts in, unit vectors out; one process, one device."""
 
-    def __init__(self, backbone: Any, tokenizer: TextTokenizer, settings: EncoderSettings, fingerprint: str) -> None:
+    def __init__(
+        self, backbone: Any, tokenizer: TextTokenizer, settings: EncoderSettings, fingerprint: str, head: Any = None
+    ) -> None:
         self.backbone = backbone
+        self.head = head
         self.tokenizer = tokenizer
         self.settings = settings
         self.fingerprint = fingerprint
@@ -67,10 +83,15 @@ class Encoder:
     @torch.inference_mode()
     def embed_tokens(self, tokens: Tokens, *, tokens_per_batch: int = 8192) -> np.ndarray:
         """(N, D) float32 unit rows in input order; inside, length-sorted batches of up to `tokens_per_batch` padded tokens."""
+        if self.settings.prompt_is_pooled:
+            tokens = replace(tokens, prompt_length=0)
         vectors = np.empty((len(tokens.input_ids), self.dim), dtype=np.float32)
         for rows in token_budget_batches([len(ids) for ids in tokens.input_ids], tokens_per_batch):
             batch = pad_tokens(tokens, rows, self.tokenizer.pad_id).to(self.device)
-            vectors[rows] = encode_batch(self.backbone, batch, self.settings.pooling).cpu().numpy()
+            embedding = encode_batch(
+                self.backbone, batch, self.settings.pooling, self.head, bidirectional=not self.settings.causal
+            )
+            vectors[rows] = embedding.cpu().numpy()
         return vectors
 
 
@@ -110,11 +131,17 @@ def read_settings(job: JobSpec, folder: str) -> EncoderSettings:
     wanted = EncoderSettings.of(job.model)
     saved = _saved_settings(folder, job.model)
     if saved is None:
+        if wanted.latent_attention is not None and job.train is None:
+            raise ModelError(
+                f"model.pooling = latent_attention has weights to be trained, and {folder} holds none; "
+                f"add a train section, or choose another pooling"
+            )
         return wanted
     given: set[str] = set(job.model.model_fields_set)
     prompts_given = job.model.prompts.model_fields_set if "prompts" in given else set()
     claims = {
         "pooling": ("pooling", wanted.pooling, "pooling" in given),
+        "latent_attention": ("latent_attention", wanted.latent_attention, "latent_attention" in given),
         "max_tokens": ("max_tokens", wanted.max_tokens, "max_tokens" in given),
         "query_prompt": ("prompts.query", wanted.query_prompt, "query" in prompts_given),
         "passage_prompt": ("prompts.passage", wanted.passage_prompt, "passage" in prompts_given),
@@ -129,11 +156,23 @@ def read_settings(job: JobSpec, folder: str) -> EncoderSettings:
 
 
 def _saved_settings(folder: str, model: ModelSpec) -> dict[str, Any] | None:
-    """Pooling, length and prompts of a sentence-transformers folder, or None for any other folder."""
-    names = ("config_sentence_transformers.json", "1_Pooling/config.json", "sentence_bert_config.json")
-    if not all(os.path.isfile(os.path.join(folder, name)) for name in names):
+    """What a sentence-transformers folder says of itself, or None for any other folder.
+
+    Raises:
+        ModelError: it does what cannot be computed here.
+    """
+    parts = {part["type"].rpartition(".")[2]: part["path"] for part in _read_json(folder, "modules.json") or []}
+    if not parts:
         return None
-    general, pooling, limits = (json.loads(storage.read_text(os.path.join(folder, name))) for name in names)
+    unknown = sorted(set(parts) - {"Transformer", "Pooling", "Normalize", "LatentAttentionPooling"})
+    limits = _read_json(folder, "sentence_bert_config.json") or {}
+    if unknown or "Pooling" not in parts or limits.get("do_lower_case"):
+        reason = ", ".join(unknown) or ("lower-casing" if limits.get("do_lower_case") else "no pooling")
+        raise ModelError(
+            f"the sentence-transformers model in {folder} has {reason}; only Transformer, Pooling, Normalize and "
+            f"LatentAttentionPooling can be computed here"
+        )
+    pooling = _read_json(folder, os.path.join(parts["Pooling"], "config.json")) or {}
     on = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value]
     modes = [mode for mode, key in _POOLING_KEYS.items() if [key] == on or pooling.get("pooling_mode") == mode]
     if len(modes) != 1:
@@ -141,13 +180,26 @@ def _saved_settings(folder: str, model: ModelSpec) -> dict[str, Any] | None:
             f"the sentence-transformers model in {folder} pools by {' + '.join(on) or pooling.get('pooling_mode')}; "
             f"only one of {', '.join(_POOLING_KEYS)} can be computed here"
         )
-    prompts = general.get("prompts") or {}
+    latent = _read_json(folder, os.path.join(parts.get("LatentAttentionPooling", "-"), "config.json"))
+    prompts = (_read_json(folder, "config_sentence_transformers.json") or {}).get("prompts") or {}
+    length = limits.get("max_seq_length") or (_read_json(folder, "tokenizer_config.json") or {}).get("model_max_length")
+    config = _read_json(folder, "config.json") or {}
+    causal = {config.get("is_causal"), config.get("text_config", {}).get("is_causal")}
     return {
-        "pooling": modes[0],
-        "max_tokens": int(limits.get("max_seq_length") or model.max_tokens),
+        "pooling": "latent_attention" if latent else modes[0],
+        "max_tokens": int(length) if length and length < _NO_LENGTH else model.max_tokens,
         "query_prompt": prompts.get("query", ""),
         "passage_prompt": prompts.get("passage", prompts.get("document", "")),
+        "latent_attention": (latent["latents"], latent["heads"]) if latent else None,
+        "causal": False not in causal and generates(load_config(folder, trust_remote_code=model.trust_remote_code)),
+        "prompt_is_pooled": bool(pooling.get("include_prompt", True)),
     }
+
+
+def _read_json(folder: str, name: str) -> Any:
+    """The content of a file, or None where there is no such file."""
+    path = os.path.join(folder, name)
+    return json.loads(storage.read_text(path)) if os.path.isfile(path) else None
 
 
 def open_tokenizer(job: JobSpec, *, which: Which = "trained") -> TextTokenizer:
@@ -173,8 +225,10 @@ def encoder_fingerprint(job: JobSpec, *, which: Which = "trained") -> str:
 
 def _fingerprint(folder: str, settings: EncoderSettings) -> str:
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors") or n in ("tokenizer.json", "config.json"))
-    for name in names:
+    head = os.path.join(folder, FOLDER)
+    names = [name for name in os.listdir(folder) if name.endswith((".safetensors", ".py")) or name in _FINGERPRINTED]
+    names += [os.path.join(FOLDER, name) for name in os.listdir(head)] if os.path.isdir(head) else []
+    for name in sorted(names):
         path = os.path.join(folder, name)
         stat = os.stat(path)
         digest.update(name.encode() + _file_digest(path, stat.st_size, stat.st_mtime_ns))
@@ -210,7 +264,11 @@ def load_encoder(folder: str, settings: EncoderSettings, model: ModelSpec, *, de
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = load_backbone(folder, model, device=device)
     check_length("model.max_tokens", settings.max_tokens, backbone.config, first_position(backbone, backbone.config))
-    return Encoder(backbone, _text_tokenizer(folder, settings, model), settings, _fingerprint(folder, settings))
+    head = None
+    if settings.latent_attention is not None:  # the base before training has none yet: a fresh one is mean pooling
+        head = make_head(folder, model.model_copy(update={"pooling": "latent_attention"}), backbone.config)
+        head = head.to(device).eval() if head is not None else None
+    return Encoder(backbone, _text_tokenizer(folder, settings, model), settings, _fingerprint(folder, settings), head)
 
 
 PROBE_FILE = "probe.json"
@@ -220,20 +278,34 @@ def check_probe(encoder: Encoder, folder: str) -> float:
     """Encodes the texts stored with an export and compares: a stack that ignores `is_causal: false` is caught here.
 
     Returns:
-        The smallest cosine between a stored vector and its recomputation.
+        The smallest cosine between a stored vector (computed in float32) and its recomputation.
 
     Raises:
-        ModelError: it is below 0.9999 (0.999 in bfloat16).
+        ModelError: it is below `probe_floor`.
     """
     probe = json.loads(storage.read_text(os.path.join(folder, PROBE_FILE)))
-    smallest = 1.0
-    for entry in probe["entries"]:
-        vector = encoder.encode([entry["text"]], entry["prompt"])[0]
-        smallest = min(smallest, float(vector @ np.asarray(entry["embedding"], dtype=np.float32)))
-    floor = 0.9999 if encoder.settings.dtype == "float32" else 0.999
-    if smallest < floor:
+    smallest = probe_cosine(encoder, probe["entries"])
+    floor = probe_floor(encoder, probe["cosine"] if probe.get("dtype") == encoder.settings.dtype else 1.0)
+    if not smallest >= floor:  # a NaN must fail too
         raise ModelError(
-            f"the model in {folder} computes other vectors than when it was exported (cosine {smallest:.5f}, at least {floor} "
-            f"needed): the installed transformers, or a changed file, does not give this model's embeddings"
+            f"the model in {folder} computes other vectors than when it was exported (cosine {smallest:.5f}, at least "
+            f"{floor:.5f} needed): the installed transformers, or a changed file, does not give this model's embeddings"
         )
     return smallest
+
+
+def probe_cosine(encoder: Encoder, entries: Sequence[dict[str, Any]]) -> float:
+    """The smallest cosine between the entries' vectors and what the encoder makes of their texts."""
+    vectors = [encoder.encode([entry["text"]], entry["prompt"])[0] for entry in entries]
+    return min(float(v @ np.asarray(entry["embedding"], dtype=np.float32)) for v, entry in zip(vectors, entries))
+
+
+def probe_floor(encoder: Encoder, exported: float) -> float:
+    """What a good recomputation reaches at least.
+
+    Args:
+        exported: the cosine that the export itself reached in this dtype: another machine rounds otherwise, but not by more
+            than a few times as much.
+    """
+    usual = 0.9999 if encoder.settings.dtype == "float32" else 0.999
+    return min(usual, 1.0 - 4.0 * (1.0 - exported))

@@ -11,17 +11,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from ullme_ray.model.encoder import _POOLING_KEYS, PROBE_FILE, Encoder, EncoderSettings, load_encoder
+from ullme_ray.model import latent_attention
+from ullme_ray.model.encoder import _POOLING_KEYS, PROBE_FILE, Encoder, EncoderSettings, load_encoder, probe_cosine, probe_floor
 from ullme_ray.model.family import generates, kind_of
+from ullme_ray.model.latent_attention import LatentAttention
 from ullme_ray.spec.job import JobSpec, ModelSpec
 
-_MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-]
+_TRANSFORMER, _POOLING, _NORMALIZE = (
+    ("", "sentence_transformers.models.Transformer"),
+    ("1_Pooling", "sentence_transformers.models.Pooling"),
+    ("2_Normalize", "sentence_transformers.models.Normalize"),
+)
+_LATENT_ATTENTION = (latent_attention.FOLDER, "ullme_ray.model.latent_attention.LatentAttentionPooling")
 _PROBE_TEXTS = (
     "How do I make a bucket private?",
     "An embedding is a vector whose direction holds what a text is about.",
@@ -30,7 +34,9 @@ _PROBE_TEXTS = (
 )
 
 
-def export_encoder(backbone: Any, tokenizer: Any, job: JobSpec, folder: str, *, training: dict[str, Any]) -> Encoder:
+def export_encoder(
+    backbone: Any, tokenizer: Any, job: JobSpec, folder: str, *, training: dict[str, Any], head: LatentAttention | None = None
+) -> Encoder:
     """Writes the export to a local folder, reads it back, and stores probe vectors.
 
     Args:
@@ -39,6 +45,7 @@ def export_encoder(backbone: Any, tokenizer: Any, job: JobSpec, folder: str, *, 
         job: gives pooling, prompts, length and dtype.
         folder: an empty local folder.
         training: facts for the model card (objective, steps, ...).
+        head: of `latent_attention` pooling, on the CPU.
 
     Returns:
         The encoder as loaded from the written folder.
@@ -58,7 +65,11 @@ def export_encoder(backbone: Any, tokenizer: Any, job: JobSpec, folder: str, *, 
     tokenizer.save_pretrained(folder)
     _plain_tokenizer_class(folder, settings.max_tokens)
     dim = int(backbone.config.get_text_config().hidden_size)
-    _write_json(folder, "modules.json", _MODULES)
+    parts = [_TRANSFORMER, *([_LATENT_ATTENTION] if head is not None else []), _POOLING, _NORMALIZE]
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(parts)]
+    _write_json(folder, "modules.json", modules)
+    if head is not None:
+        head.write(os.path.join(folder, latent_attention.FOLDER))
     _write_json(folder, "sentence_bert_config.json", {"max_seq_length": settings.max_tokens, "do_lower_case": False})
     _write_json(
         folder,
@@ -74,16 +85,26 @@ def export_encoder(backbone: Any, tokenizer: Any, job: JobSpec, folder: str, *, 
         },
     )
     pooling: dict[str, Any] = {"word_embedding_dimension": dim, "include_prompt": False}
-    pooling |= {key: mode == settings.pooling for mode, key in _POOLING_KEYS.items()}
+    pooling |= {key: mode == ("mean" if head is not None else settings.pooling) for mode, key in _POOLING_KEYS.items()}
     pooling |= {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
     _write_json(folder, "1_Pooling/config.json", pooling)
     os.makedirs(os.path.join(folder, "2_Normalize"), exist_ok=True)
     _write_json(folder, "2_Normalize/config.json", {})
 
-    encoder = load_encoder(folder, settings, _export_spec(job.model), device="cpu")
-    _write_probe(encoder, folder)
+    model = _export_spec(job.model)
+    exact = load_encoder(
+        folder, replace(settings, dtype="float32"), model.model_copy(update={"dtype": "float32"}), device="cpu"
+    )
+    entries = _probe_entries(exact)
+    if settings.dtype == "float32":
+        encoder = exact
+    else:
+        del exact  # two copies of the weights in float32 and their own type would be the most memory of the whole run
+        encoder = load_encoder(folder, settings, model, device="cpu")
+    cosine = probe_cosine(encoder, entries)
+    _write_json(folder, PROBE_FILE, {"dtype": settings.dtype, "cosine": cosine, "entries": entries})
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
-        stream.write(_model_card(job, backbone.config, encoder.fingerprint, training))
+        stream.write(_model_card(job, backbone.config, encoder.fingerprint, training, probe_floor(encoder, cosine)))
     return encoder
 
 
@@ -110,16 +131,15 @@ def _write_json(folder: str, name: str, content: Any) -> None:
         stream.write("\n")
 
 
-def _write_probe(encoder: Encoder, folder: str, texts: Sequence[str] = _PROBE_TEXTS) -> None:
-    entries = [
+def _probe_entries(encoder: Encoder, texts: Sequence[str] = _PROBE_TEXTS) -> list[dict[str, Any]]:
+    return [
         {"prompt": prompt, "text": text, "embedding": [round(float(x), 7) for x in encoder.encode([text], prompt)[0]]}
         for prompt in ("query", "passage")
         for text in texts
     ]
-    _write_json(folder, PROBE_FILE, {"fingerprint": encoder.fingerprint, "entries": entries})
 
 
-def _model_card(job: JobSpec, config: Any, fingerprint: str, training: dict[str, Any]) -> str:
+def _model_card(job: JobSpec, config: Any, fingerprint: str, training: dict[str, Any], floor: float) -> str:
     model, kind = job.model, kind_of(config)
     attention = "Attention goes both ways, as this family always has it."
     if kind == "decoder":
@@ -127,6 +147,13 @@ def _model_card(job: JobSpec, config: Any, fingerprint: str, training: dict[str,
             "Attention goes both ways (`is_causal: false` in config.json), which needs **transformers >= 5.2**: an older one\n"
             "computes wrong vectors silently."
         )
+    option = ""
+    if model.pooling == "latent_attention":
+        attention += (
+            "\nPooling is NV-Embed's latent attention, a module that ullme_ray holds: sentence-transformers needs ullme_ray\n"
+            "installed, and `trust_remote_code=True` to import it."
+        )
+        option = ", trust_remote_code=True"
     facts = "\n".join(f"| {key} | {value} |" for key, value in training.items())
     return f"""---
 library_name: sentence-transformers
@@ -147,11 +174,11 @@ A text embedder made from the {kind} `{model.base}` with ullme_ray, an implement
 {facts}
 | fingerprint | `{fingerprint}` |
 
-Check your installation in three lines; it prints a number close to 1 (at least 0.999) when this model's vectors come out right:
+Check your installation in three lines; it prints at least {floor:.4f} when this model's vectors come out right:
 
 ```python
-import json; from sentence_transformers import SentenceTransformer; m = SentenceTransformer(path := ".")
+import json; from sentence_transformers import SentenceTransformer; m = SentenceTransformer(path := "."{option})
 probe = json.load(open(f"{{path}}/probe.json"))["entries"]
-print(min(float(m.encode(e["text"], prompt_name=e["prompt"]) @ e["embedding"]) for e in probe))
+print(min(float(m.similarity(m.encode([e["text"]], prompt_name=e["prompt"]), [e["embedding"]])) for e in probe))
 ```
 """

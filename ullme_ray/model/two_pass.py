@@ -16,6 +16,7 @@ from ullme_ray.model.adapters import AdapterSwitch, add_lora
 from ullme_ray.model.backbone import load_causal_lm
 from ullme_ray.model.dropout import RowSeeds
 from ullme_ray.model.encode import TokenBatch, accepts, encode_batch, forward_inputs
+from ullme_ray.model.latent_attention import make_head
 from ullme_ray.spec.job import ModelSpec
 
 
@@ -74,13 +75,14 @@ class TwoPassModel(nn.Module):
 
     Args:
         lm: a causal language model, plain or wrapped by peft.
-        pooling: of the encode pass.
+        pooling: of the encode pass, and its `head` where it has trained weights.
         reference: scored within the forward call: `adapter_off`, `frozen_copy` or `none`.
     """
 
-    def __init__(self, lm: Any, *, pooling: str, reference: str, seeds: RowSeeds) -> None:
+    def __init__(self, lm: Any, *, pooling: str, reference: str, seeds: RowSeeds, head: Any = None) -> None:
         super().__init__()
         self.lm = lm
+        self.head = head
         self.pooling = pooling
         self.reference = reference
         self.seeds = seeds
@@ -129,7 +131,7 @@ class TwoPassModel(nn.Module):
         if batch is None:
             return None
         with self.seeds.use(seeds):
-            return encode_batch(self.causal_lm.base_model, batch, self.pooling)
+            return encode_batch(self.causal_lm.base_model, batch, self.pooling, self.head)
 
     @torch.no_grad()
     def _reference_logps(self, generation: GenerationBatch) -> Tensor:
@@ -165,7 +167,7 @@ def build_two_pass(
         reference: `auto`, `adapter_off`, `frozen_copy`, `precomputed` or `none`; auto is adapter_off with LoRA, else
             frozen_copy. Scores that are `precomputed` come with the batch.
         dtype: of the weights, over `model.dtype`.
-        seed: of the LoRA matrices' start.
+        seed: of the start of LoRA matrices and latent attention.
 
     Raises:
         ModelError: the model cannot be loaded or cannot attend both ways.
@@ -178,7 +180,8 @@ def build_two_pass(
             lm = add_lora(lm, model.lora, seeds)
     if reference == "auto":
         reference = "adapter_off" if model.lora is not None else "frozen_copy"
-    module = TwoPassModel(lm, pooling=model.pooling, reference=reference, seeds=seeds)
+    head = make_head(folder, model, lm.config, seed=seed, dtype=dtype)
+    module = TwoPassModel(lm, pooling=model.pooling, reference=reference, seeds=seeds, head=head)
     if gradient_checkpointing:
         causal_lm = module.causal_lm
         causal_lm.gradient_checkpointing_enable(

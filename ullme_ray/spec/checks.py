@@ -42,6 +42,19 @@ def _stages(job: JobSpec) -> Iterator[Contradiction]:
 
 
 def _model(job: JobSpec) -> Iterator[Contradiction]:
+    if "latent_attention" in job.model.model_fields_set and job.model.pooling != "latent_attention":
+        yield Contradiction(
+            ("model.latent_attention", "model.pooling"),
+            f"is the shape of a pooling that this job does not use (model.pooling = {job.model.pooling}); "
+            "remove it, or set model.pooling: latent_attention",
+        )
+    if job.model.pooling == "latent_attention" and job.model.base == "scratch":
+        width, heads = job.model.scratch.hidden_size, job.model.latent_attention.heads
+        if width % heads:
+            yield Contradiction(
+                ("model.latent_attention.heads", "model.scratch.hidden_size"),
+                f"= {heads} does not divide hidden_size {width}; change one of them",
+            )
     scratch = job.model.scratch
     if job.model.base != "scratch":
         return

@@ -61,15 +61,21 @@ class ScratchSpec(Section):
     vocab_size: Annotated[int, Field(ge=300)] = Field(8192, description="Size V of the byte-level BPE vocabulary.")
 
 
+class LatentAttentionSpec(Section):
+    latents: PositiveInt = Field(512, description="Number of trained latents that every token attends to.")
+    heads: PositiveInt = Field(8, description="Attention heads; divides the backbone's width.")
+
+
 class ModelSpec(Section):
     base: str = Field(
         min_length=1,
-        description="Hugging Face name, local or s3:// folder of a decoder or encoder; `scratch` makes one from the job's texts.",
+        description="Hugging Face name, local or s3:// folder of a decoder or encoder; `scratch` makes one from the texts.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face name.")
-    pooling: Literal["mean", "lasttoken", "cls", "weightedmean"] = Field(
-        "mean", description="How token states become one vector."
+    pooling: Literal["mean", "lasttoken", "cls", "weightedmean", "latent_attention"] = Field(
+        "mean", description="How token states become one vector; latent_attention is NV-Embed's, trained with the backbone."
     )
+    latent_attention: LatentAttentionSpec = Field(LatentAttentionSpec(), description="Shape of `pooling: latent_attention`.")
     max_tokens: Annotated[int, Field(ge=8)] = Field(512, description="Texts are cut to this many tokens, prompt included.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights and activations.")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(

@@ -192,7 +192,8 @@ def _export(job: JobSpec, at: Progress) -> None:
             "learning rate": train.learning_rate,
         }
         tokenizer = open_tokenizer(job, which="base").hf
-        export_encoder(backbone, tokenizer, job, f"{local}/model", training=training)
+        head = module.head.to(DTYPES[job.model.dtype]) if module.head is not None else None
+        export_encoder(backbone, tokenizer, job, f"{local}/model", training=training, head=head)
         storage.put_folder(f"{local}/model", run.export, last="modules.json")
 
 
