@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 from typer.testing import CliRunner
 
 from ullme_ray.cli import app
-from ullme_ray.plan import Plan, make_plan
+from ullme_ray.model.adapters import add_lora
+from ullme_ray.model.dropout import RowSeeds
+from ullme_ray.plan import Plan, make_plan, states_per_layer
 from ullme_ray.spec import parse_job
+from ullme_ray.spec.job import LoraSpec
 
 JOB = """
 name: planned
@@ -73,11 +76,13 @@ def test_memory_of_each_zero_stage(tiny_base: str) -> None:
     n, shard = plan.parameters, -(-plan.parameters // 16)
     found = [(m.weights, m.gradients, m.optimizer, m.reference) for m in plan.memory]
     assert found == [
-        (2 * n, 2 * n, 12 * n, 0),
-        (2 * n, 2 * n, 12 * shard, 0),
-        (2 * n, 2 * shard, 12 * shard, 0),
-        (2 * shard, 2 * shard, 12 * shard, 0),
+        (2 * n, 4 * n, 12 * n, 0),  # gradients are summed in float32
+        (2 * n, 4 * n, 12 * shard, 0),
+        (2 * n, 4 * shard, 12 * shard, 0),
+        (2 * shard, 4 * shard, 12 * shard, 0),
     ]
+    offloaded = plan_of(tiny_base, "model.dtype=bfloat16", "train.deepspeed={zero_stage: 2, offload_optimizer: true}")
+    assert [m.optimizer for m in offloaded.memory] == [12 * n, 0, 0, 0]
 
 
 def test_dpo_without_lora_keeps_a_copy_of_the_model(tiny_base: str) -> None:
@@ -94,6 +99,45 @@ def test_activations_grow_with_the_chunk_and_not_with_the_batch(tiny_base: str) 
     )
     assert chunk == 2 * base
     assert batch == base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen3Config], ids=["llama", "qwen3"])
+def test_states_kept_for_the_backward_pass_are_as_many_as_planned(
+    family: type[PretrainedConfig], lora: bool, dtype: torch.dtype
+) -> None:
+    """Counted with saved-tensor hooks in real passes: the plan's number is never too low, and less than twice too high."""
+    width, mlp = 256, 1024
+
+    def kept(layers: int) -> float:
+        config = family(
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=width // 4,
+            vocab_size=300,
+        )
+        model, seeds = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), RowSeeds()
+        wrapped = (add_lora(model, LoraSpec(rank=4), seeds) if lora else model).to(dtype).train()
+        own = {p.untyped_storage().data_ptr() for p in wrapped.parameters()}
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if (place := tensor.untyped_storage().data_ptr()) not in own:
+                saved[place] = tensor.untyped_storage()
+            return tensor
+
+        ids = torch.arange(2 * 32).view(2, 32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), seeds.use(torch.arange(2)):
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return sum(storage.nbytes() for storage in saved.values()) / ids.numel() / states.element_size()
+
+    per_layer = (kept(3) - kept(1)) / 2
+    planned = states_per_layer(width, mlp, lora=lora)
+    assert 0.5 * planned < per_layer < planned
 
 
 def test_units_of_a_corpus_are_counted(tmp_path: Path, tiny_base: str) -> None:

@@ -156,6 +156,9 @@ BROKEN = {
     "4 bits without a GPU": Broken(
         "name: docs\nmodel: {base: m, lora: {quantize_base: nf4}}\ntrain: {data: [{path: p}]}\n", 2, ("runs on a GPU only",)
     ),
+    "memory of a GPU that is not used": Broken(
+        TRAIN + "  workers: {gpu_memory_gb: 80}\n", 5, ("= 80 is of GPUs that this job does not use; set gpus_per_worker: 1",)
+    ),
     "4 bits sharded": Broken(
         "name: docs\nmodel: {base: m, lora: {quantize_base: nf4}}\n"
         "train: {data: [{path: p}], workers: {gpus_per_worker: 1}, deepspeed: {zero_stage: 3}}\n",

@@ -144,6 +144,11 @@ def _train(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
 
 def _sharding(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
     engine, at = train.deepspeed, "train.deepspeed"
+    if train.workers.gpu_memory_gb is not None and train.workers.gpus_per_worker == 0:
+        yield Contradiction(
+            ("train.workers.gpu_memory_gb", "train.workers.gpus_per_worker"),
+            f"= {train.workers.gpu_memory_gb:g} is of GPUs that this job does not use; set gpus_per_worker: 1, or remove it",
+        )
     if engine.offload_optimizer and engine.zero_stage == 0:
         yield Contradiction(
             (f"{at}.offload_optimizer", f"{at}.zero_stage"), "needs an optimizer that is sharded; use zero_stage 1, 2 or 3"

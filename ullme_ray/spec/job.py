@@ -209,6 +209,9 @@ class WorkersSpec(Section):
     num_workers: PositiveInt = Field(1, description="Training ranks W.")
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = Field(0, description="GPUs of one rank: 0 (CPU, gloo) or 1 (NCCL).")
     cpus_per_worker: PositiveInt = Field(1, description="CPU cores reserved for one rank.")
+    gpu_memory_gb: Positive | None = Field(
+        None, description="Memory of one GPU in GiB, such as 80: `plan` then says what fits; absent means that it does not."
+    )
 
 
 class DeepSpeedSpec(Section):
