@@ -196,7 +196,7 @@ def _shape(job: JobSpec) -> _Shape:
         trainable=trainable,
         linear=linear,
         hidden_size=text.hidden_size,
-        width=max(text.hidden_size, text.num_attention_heads * (getattr(text, "head_dim", None) or 0)),
+        width=max(text.hidden_size, getattr(text, "num_attention_heads", 0) * (getattr(text, "head_dim", None) or 0)),
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         layers=text.num_hidden_layers,
         vocab_size=text.vocab_size,
