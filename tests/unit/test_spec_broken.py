@@ -192,6 +192,17 @@ BROKEN = {
     "built-in data not asked for": Broken(
         HEAD + "train:\n  data: [{path: run:data/train.jsonl}]\n", 4, ("written by the dataset section", "name: aws_api_docs")
     ),
+    "shape of a pooling not used": Broken(
+        "name: docs\nmodel:\n  base: a\n  latent_attention: {latents: 8}\nserve: {}\n",
+        4,
+        ("model.latent_attention", "model.pooling = mean", "set model.pooling: latent_attention"),
+    ),
+    "heads of latent attention": Broken(
+        "name: docs\nmodel:\n  base: scratch\n  pooling: latent_attention\n  latent_attention: {heads: 7}\n"
+        "  scratch: {hidden_size: 64}\ntrain: {data: [{path: a}]}\n",
+        5,
+        ("model.latent_attention.heads = 7 does not divide hidden_size 64",),
+    ),
     "scratch with LoRA": Broken(
         "name: docs\nmodel: {base: scratch, lora: {rank: 4}}\ntrain: {data: [{path: a}]}\n",
         2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ullme_ray.spec.job import JobSpec, MineSpec, TrainSpec
+from ullme_ray.spec.job import JobSpec, LatentAttentionSpec, MineSpec, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _stages(job: JobSpec) -> Iterator[Contradiction]:
 
 
 def _model(job: JobSpec) -> Iterator[Contradiction]:
-    if "latent_attention" in job.model.model_fields_set and job.model.pooling != "latent_attention":
+    if job.model.latent_attention != LatentAttentionSpec() and job.model.pooling != "latent_attention":
         yield Contradiction(
             ("model.latent_attention", "model.pooling"),
             f"is the shape of a pooling that this job does not use (model.pooling = {job.model.pooling}); "
