@@ -341,3 +341,30 @@ def test_settings_of_the_encoder(tmp_path: Path, tiny_base: str) -> None:
     np.testing.assert_array_equal(encode(same, "query"), own)
     np.testing.assert_array_equal(encode(same, "passage"), encode(EncoderSpec(base=tiny_base), "passage"))
     assert not np.allclose(encode(EncoderSpec(base=tiny_base, pooling="lasttoken"), "query"), plain, atol=1e-4)
+
+
+def test_a_sentence_transformers_folder_gives_its_own_vectors(tmp_path: Path, tiny_base: str) -> None:
+    """An encoder as hubs have them, with prompts, a length and a pooling of its own, which the job need not know."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, pad_token_id=0
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "bert")
+    body = Transformer(str(tmp_path / "bert"), max_seq_length=16)
+    theirs = SentenceTransformer(
+        modules=[body, Pooling(32, pooling_mode="cls"), Normalize()],
+        prompts={"query": "the query ", "document": "a table "},
+        device="cpu",
+    )
+    theirs.save(str(tmp_path / "st"))
+    ours = open_miner(mine_job(tmp_path, tiny_base), EncoderSpec(base=str(tmp_path / "st")), device="cpu")
+    some = ["bucket policy", "the object key returns a value " * 5, "list"]
+    np.testing.assert_allclose(ours.encode(some, "query"), theirs.encode_query(some), atol=1e-5)
+    np.testing.assert_allclose(ours.encode(some, "passage"), theirs.encode_document(some), atol=1e-5)
+    assert not np.allclose(ours.encode(some, "query"), ours.encode(some, "passage"), atol=1e-3), "the prompts should count"

@@ -53,4 +53,6 @@ def _settings(other: JobSpec, spec: EncoderSpec) -> EncoderSettings:
     settings = read_settings(other, base_folder(other))
     if spec.prompts is not None:
         settings = replace(settings, query_prompt=spec.prompts.query, passage_prompt=spec.prompts.passage)
-    return replace(settings, pooling=spec.pooling or settings.pooling, max_tokens=spec.max_tokens or settings.max_tokens)
+    if spec.pooling is not None:
+        settings = replace(settings, pooling=spec.pooling, latent_attention=None)
+    return replace(settings, max_tokens=spec.max_tokens or settings.max_tokens)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ullme_ray import storage
 from ullme_ray.errors import ModelError, StorageError
@@ -109,7 +110,7 @@ def _load(pick_class: Callable[[Any], Any], folder: str, model: ModelSpec, dtype
                 backbone.get_submodule(name).requires_grad_(False)
         except ModelError as error:
             last_error = error
-        except (OSError, ValueError, ImportError) as error:  # no sdpa in this family, no safetensors, no flash-attn
+        except (OSError, ValueError, ImportError, SafetensorError) as error:  # no sdpa in this family, no or torn safetensors
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             last_error = ModelError(f"{folder} cannot be loaded with {backend} attention: {first_line}")
         else:
