@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS as TEXT
 from grl_reference import SEED, STEP, PlainEngine, gradient, make_batch, objective, plain_gradient, relative_error
+from tiny_encoders import FAMILIES, SHAPE, save_encoder
 
 from ullme_ray.errors import ModelError
 from ullme_ray.model import check_base, open_encoder
@@ -24,49 +24,13 @@ from ullme_ray.spec import JobSpec
 from ullme_ray.spec.job import LoraSpec, ModelSpec
 from ullme_ray.train.step import backward_step
 
-_SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-# family: (config values, kind, longest text)
-FAMILIES: dict[str, tuple[dict[str, Any], str, int | None]] = {
-    "xlm-roberta": (_SHAPE | {"max_position_embeddings": 132}, "encoder", 130),  # positions count from padding id + 1 = 2
-    "bert": (_SHAPE | {"max_position_embeddings": 128}, "encoder", 128),
-    "modernbert": (_SHAPE | {"max_position_embeddings": 128, "local_attention": 8}, "encoder", 128),
-    "mt5": (_T5, "encoder-decoder", None),
-    "t5": (_T5, "encoder-decoder", None),
-}
 TRAINED = ("xlm-roberta", "bert", "modernbert", "mt5")
 TEXTS = ["make a bucket private", "a", "deletes the public access policy of a bucket, the key and the object", "list " * 30]
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A folder per family: random weights, and a byte-level tokenizer with XLM-R's special ids (<s> 0, <pad> 1, </s> 2)."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<s>", "<pad>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([TEXT], trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
-    folders = {}
-    for family, (values, kind, _) in FAMILIES.items():
-        ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
-        config = AutoConfig.for_model(family, **values, **ids, vocab_size=len(tokenizer))
-        folders[family] = str(tmp_path_factory.mktemp(family))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            auto_class = AutoModelForSeq2SeqLM if kind == "encoder-decoder" else AutoModelForMaskedLM
-            model = auto_class.from_config(config)
-            for name, parameter in model.named_parameters():  # weights that matter: tiny ones would make all tokens alike
-                if parameter.dim() == 2 and "embed" not in name and "shared" not in name:
-                    torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(folders[family])
-        tokenizer.save_pretrained(folders[family])
-    return folders
+    return {family: save_encoder(family, str(tmp_path_factory.mktemp(family))) for family in FAMILIES}
 
 
 def make_job(base: str, *, objective: object = None, max_generation_tokens: int | None = None, **model: object) -> JobSpec:
@@ -207,7 +171,7 @@ def test_plan_counts_an_encoder(family: str, bases: dict[str, str]) -> None:
 def test_gemma_made_bidirectional_is_an_encoder(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModel
 
-    shape = _SHAPE | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    shape = SHAPE | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
     config = AutoConfig.for_model("gemma3_text", **shape, use_bidirectional_attention=True)
     AutoModel.from_config(config).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["use_bidirectional_attention"] is True

@@ -74,7 +74,7 @@ class TwoPassModel(nn.Module):
     """Encode and generate in one forward call, so that an engine which shards parameters sees one module and one call.
 
     Args:
-        lm: a causal language model, plain or wrapped by peft.
+        lm: a causal language model, or an encoder, which has the encode pass alone; plain or wrapped by peft.
         pooling: of the encode pass, and its `head` where it has trained weights.
         reference: scored within the forward call: `adapter_off`, `frozen_copy` or `none`.
     """
