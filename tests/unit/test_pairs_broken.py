@@ -19,6 +19,7 @@ import pytest
 
 from ullme_ray.errors import DataError
 from ullme_ray.pairs import read_sources
+from ullme_ray.pairs.readers import read_rows
 from ullme_ray.pairs.rows import MAX_TEXT_BYTES
 from ullme_ray.spec import JobSpec
 
@@ -242,6 +243,12 @@ CASES: dict[str, Rows | Refused] = {
     "Parquet named JSON": Refused("a.jsonl", table(), "holds Parquet data"),
     "Arrow": Rows("a.arrow", stream(end=True), 2, {}),
     "truncated Arrow": Refused("a.arrow", stream(end=False), "does not end as an Arrow stream must"),
+    "Arrow with an offset outside": Refused(
+        "a.arrow",
+        stream(end=True).replace(np.array([0, 2, 4], np.int32).tobytes(), np.array([0, 2, 2**30], np.int32).tobytes()),
+        "cannot be read past row 0",
+    ),
+    "Arrow of invalid UTF-8": Rows("a.arrow", stream(end=True).replace(b"q1q2", b"q1\xff2"), 1, {2: "is not UTF-8"}),
     "zip named JSON": Refused("a.json", b"PK\x03\x04" + bytes(99), "holds zip data"),
     "unknown kind": Refused("a.xlsx", b"x", "is none of .jsonl"),
 }
@@ -276,6 +283,28 @@ def test_no_row_is_lost_in_silence(name: str, tmp_path: Path) -> None:
         assert rejected["reason"].startswith(case.rejected[rejected["row"]])
         assert rejected["file"] == str(file)
         assert len(rejected["start"]) <= 200
+
+
+CUT = {
+    "a.jsonl.gz": gzip.compress(GOOD * 50),
+    "a.jsonl.zst": compressed("zstd"),
+    "a.jsonl.bz2": bz2.compress(GOOD * 50),
+    "a.csv.lz4": compressed("lz4", b"query,positive\nq,p\n"),
+    "a.json": b"[" + b",".join([GOOD] * 3) + b"]",
+    "a.parquet": table(),
+    "a.arrow": stream(end=True),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_file_cut_off_anywhere_is_refused(name: str, tmp_path: Path) -> None:
+    file, whole = tmp_path / name, CUT[name]
+    file.write_bytes(whole)
+    assert list(read_rows(str(file), str(file))), "the control: whole, it is read"
+    for length in {*range(1, len(whole), 1 + len(whole) // 200), *range(len(whole) - 16, len(whole))}:
+        file.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=str(file)):
+            list(read_rows(str(file), str(file)))
 
 
 def empty_folder(folder: Path) -> Path:

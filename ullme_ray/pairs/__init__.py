@@ -47,12 +47,11 @@ class Source:
     notes: tuple[str, ...] = ()  # sentences for a person
 
 
-def read_sources(job: JobSpec, *, publish_rejects: bool = True, complete: bool = True) -> list[Source]:
+def read_sources(job: JobSpec, *, publish_rejects: bool = True) -> list[Source]:
     """Opens every source of the job, after reading it into this machine's cache if no process here has done so.
 
     Args:
         publish_rejects: put the list of rejected rows into the run's folder; one rank is enough.
-        complete: leave out rows without the hard negatives and teacher scores that training needs; mining takes them.
 
     Raises:
         DataError: a source has no file, a file cannot be read to its end, no row of it is usable, or more than
@@ -63,8 +62,7 @@ def read_sources(job: JobSpec, *, publish_rejects: bool = True, complete: bool =
     assert train is not None
     listed = [list_data(run.resolve(source.path), i) for i, source in enumerate(train.data)]
     wanted = [
-        SourceFiles(data.files, _least_negatives(train, spec) if complete else 0, complete and _needs_scores(train))
-        for spec, data in zip(train.data, listed)
+        SourceFiles(data.files, _least_negatives(train, spec), _needs_scores(train)) for spec, data in zip(train.data, listed)
     ]
     store = open_store(wanted)
     complaints = [_complaint(job, i, stored) for i, stored in enumerate(store.sources)]

@@ -285,17 +285,24 @@ def _check_columns(columns: list[str], name: str) -> list[str]:
 
 
 def _table_rows(batch: pa.RecordBatch) -> Iterator[Any]:
+    """Checked first: Arrow believes a damaged file's offsets, and reads outside its memory."""
     for start in range(0, batch.num_rows, _BATCH_ROWS):
         part = batch.slice(start, _BATCH_ROWS)
         try:
+            part.validate(full=True)
             rows = part.to_pylist()
-        except UnicodeDecodeError:  # somewhere in these rows
+        except (pa.ArrowInvalid, UnicodeDecodeError):  # somewhere in these rows
             rows = [_table_row(part.slice(i, 1)) for i in range(part.num_rows)]
         yield from rows
 
 
 def _table_row(row: pa.RecordBatch) -> Any:
     try:
+        row.validate(full=True)
         return row.to_pylist()[0]
     except UnicodeDecodeError:
         return BadRow("is not UTF-8")
+    except pa.ArrowInvalid as error:
+        if "UTF8" in str(error):
+            return BadRow("is not UTF-8")
+        raise
