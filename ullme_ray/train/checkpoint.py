@@ -126,6 +126,10 @@ class Progress:
         """The validation with the highest nDCG, the earliest of equals."""
         return max(self.validations, key=lambda found: (found[1], -found[0]), default=None)
 
+    @property
+    def just_validated(self) -> bool:
+        return bool(self.validations) and self.validations[-1][0] == self.step
+
 
 def save_checkpoint(engine: Engine, job: JobSpec, progress: Progress) -> None:
     """Writes and publishes a checkpoint, then drops the oldest, but never the best validated; a collective call."""

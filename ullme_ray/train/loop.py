@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from ullme_ray import storage
+from ullme_ray.errors import TrainingError
 from ullme_ray.model.adapters import ENCODE, merge_lora
 from ullme_ray.model.backbone import DTYPES, base_folder
 from ullme_ray.model.encoder import open_tokenizer
 from ullme_ray.model.export import export_encoder
 from ullme_ray.model.two_pass import build_two_pass
-from ullme_ray.pairs import read_sources
+from ullme_ray.pairs import data_fingerprint, read_sources
 from ullme_ray.spec.job import JobSpec, TrainSpec
 from ullme_ray.spec.run_folder import RunFolder
 from ullme_ray.train.checkpoint import Progress, open_checkpoint, restore_state, restore_weights, save_checkpoint
@@ -26,7 +27,7 @@ from ullme_ray.train.collate import TrainBatch, collate
 from ullme_ray.train.collectives import world
 from ullme_ray.train.data import BatchSampler
 from ullme_ray.train.engine import open_engine
-from ullme_ray.train.metrics import MetricsLog, peak_flops, step_flops
+from ullme_ray.train.metrics import MetricsLog, memory_bytes, peak_flops, speed
 from ullme_ray.train.reference import Table, ensure_reference, reference_logps
 from ullme_ray.train.step import total_tokens, train_step
 from ullme_ray.train.validation import Validator
@@ -72,13 +73,17 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     engine = open_engine(module, job, world_size)
     if reader is not None:
         restore_state(engine, reader)
-    at = reader.progress if reader is not None else Progress(step=0)
-    steps_done = at.step
+    at = reader.progress if reader is not None else Progress(step=0, data=data_fingerprint(sources))
+    if at.data != data_fingerprint(sources):
+        raise TrainingError(
+            f"the rows of train.data are not those that this run began with {at.step} steps ago; put them back to resume, "
+            f"or give the job another name"
+        )
     reference: Table | None = None
     if train.objective.needs_reference and train.objective.reference == "precomputed":
-        reference = ensure_reference(engine, sampler, tokenizer, job, steps_done=steps_done)
+        reference = ensure_reference(engine, sampler, tokenizer, job, steps_done=at.step)
     peak = peak_flops(engine.device, DTYPES[job.model.dtype]) * world_size
-    log = MetricsLog(RunFolder.of(job).metrics, steps_done=steps_done) if rank == 0 else None
+    log = MetricsLog(RunFolder.of(job).metrics, steps_done=at.step) if rank == 0 else None
 
     def fetch(step: int) -> TrainBatch:
         examples = sampler.examples(step, rank * per_rank, per_rank)
@@ -91,7 +96,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
         return replace(batch, reference_logps=reference_logps(examples, reference)) if reference is not None else batch
 
     with ThreadPoolExecutor(1) as prefetch:  # the next batch is tokenized while this one is computed
-        upcoming = prefetch.submit(fetch, steps_done) if not _is_over(at, train) else None
+        upcoming = prefetch.submit(fetch, at.step) if not _is_over(at, train) else None
         while not _is_over(at, train):
             step, start = at.step, time.perf_counter()
             assert upcoming is not None
@@ -113,24 +118,15 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
                 improved = at.best != before
             at = replace(at, finished=_is_over(at, train))
 
-            if log is not None and (at.step % train.log_every_steps == 0 or at.finished or _just_validated(at)):
+            if log is not None and (at.step % train.log_every_steps == 0 or at.finished or at.just_validated):
                 record = {
+                    **result.as_record(train.objective),
+                    **speed(num_parameters, encode_tokens, generate_tokens, seconds=seconds, peak=peak),
+                    **({"validation_ndcg": at.validations[-1][1]} if at.just_validated else {}),
                     "step": at.step,
-                    "loss": result.loss,
-                    "contrastive_loss": result.contrastive_loss,
-                    "generation_loss": result.generation_loss,
-                    "alignment_loss": result.alignment_loss,
-                    "grad_norm": result.grad_norm,
                     "learning_rate": learning_rate,
-                    "tokens_per_s": (encode_tokens + generate_tokens) / seconds,
-                    "mfu": step_flops(num_parameters, encode_tokens, generate_tokens) / seconds / peak,
-                    "step_s": seconds,
-                    "memory_bytes": _memory_bytes(engine.device),
+                    "memory_bytes": memory_bytes(engine.device),
                 }
-                if train.objective.distill_weight > 0:
-                    record["distill_loss"] = result.distill_loss
-                if _just_validated(at):
-                    record["validation_ndcg"] = at.validations[-1][1]
                 log.write(record)
                 report(record)
 
@@ -142,10 +138,6 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     if log is not None:
         log.close()
     _export(job, at)
-
-
-def _just_validated(at: Progress) -> bool:
-    return bool(at.validations) and at.validations[-1][0] == at.step
 
 
 def _is_over(at: Progress, train: TrainSpec) -> bool:
@@ -200,12 +192,3 @@ def _export(job: JobSpec, at: Progress) -> None:
 def _non_embedding_parameters(lm: Any) -> int:
     embedding = lm.get_input_embeddings()
     return sum(p.numel() for p in lm.base_model.parameters()) - sum(p.numel() for p in embedding.parameters())
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -38,6 +39,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def speed(num_parameters: int, encode_tokens: int, generate_tokens: int, *, seconds: float, peak: float) -> dict[str, float]:
+    """tokens_per_s, mfu and step_s of a step over all ranks, whose peak together is `peak` FLOP/s."""
+    return {
+        "tokens_per_s": (encode_tokens + generate_tokens) / seconds,
+        "mfu": step_flops(num_parameters, encode_tokens, generate_tokens) / seconds / peak,
+        "step_s": seconds,
+    }
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def step_flops(num_parameters: int, encode_tokens: int, generate_tokens: int) -> float:

@@ -9,7 +9,7 @@ twice.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,13 @@ class StepResult:
     alignment_loss: float
     distill_loss: float
     grad_norm: float
+
+    def as_record(self, objective: ObjectiveSpec) -> dict[str, float]:
+        """For the metrics; the distillation loss only where there is one."""
+        record = asdict(self)
+        if objective.distill_weight == 0:
+            del record["distill_loss"]
+        return record
 
 
 def train_step(
