@@ -272,7 +272,6 @@ TRAIN = JOB + "train: {data: [{path: pairs.jsonl}]}\n"
     [
         (JOB + "serve: {}\nmine: {}\n", "mine", "add a train section"),
         (TRAIN + "mine: {depth: 32}\n", "mine.depth", "leaves fewer than negatives_per_query = 4; use 34 or more"),
-        (TRAIN + "mine: {output: pairs.jsonl}\n", "mine.output", "would be overwritten"),
         (TRAIN + "mine: {output: mined.parquet}\n", "mine.output", "is not allowed"),
         (
             TRAIN + "mine: {encoder: {base: trained, pooling: cls}}\n",
@@ -292,11 +291,19 @@ def test_what_a_job_may_not_ask_for(job: str, where: str, words: str) -> None:
 
 
 def test_an_encoder_may_be_a_name_alone() -> None:
-    for text, overrides in (("mine: {encoder: some/e5}\n", []), ("mine: {}\n", ["mine.encoder=some/e5"])):
+    cases: list[tuple[str, list[str]]] = [("mine: {encoder: some/e5}\n", []), ("mine: {}\n", ["mine.encoder=some/e5"])]
+    for text, overrides in cases:
         job = parse_job((TRAIN + text).encode(), overrides=overrides)
         assert job.mine is not None
         assert job.mine.encoder == EncoderSpec(base="some/e5")
     assert job.stages == ("train",)  # `run` does not mine
+
+
+def test_the_same_job_trains_on_what_it_mined() -> None:
+    job = parse_job((TRAIN + "mine: {}\n").encode(), overrides=["train.data=[{path: run:mined/train.jsonl}]"])
+    assert job.train is not None
+    assert job.mine is not None
+    assert job.train.data[0].path == job.mine.output
 
 
 def mine_job(tmp_path: Path, base: str, **mine: Any) -> JobSpec:

@@ -173,11 +173,6 @@ def _sharding(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
 def _mine(job: JobSpec, mine: MineSpec) -> Iterator[Contradiction]:
     if job.train is None:
         yield Contradiction(("mine", "train"), "makes negatives for the rows of train.data; add a train section")
-    elif mine.output in [source.path for source in job.train.data]:
-        yield Contradiction(
-            ("mine.output", "train.data"),
-            f"= {mine.output} is read through train.data and would be overwritten; mine into another file, then train on it",
-        )
     if mine.depth - mine.skip_first < mine.negatives_per_query:
         yield Contradiction(
             ("mine.depth", "mine.skip_first", "mine.negatives_per_query"),
