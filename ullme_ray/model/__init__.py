@@ -1,4 +1,4 @@
-"""Decoders and encoders as embedders: tokenizing, bidirectional encoding, pooling, export. Knows nothing of Ray or DeepSpeed."""
+"""Decoders and encoders as embedders: tokenizing, encoding, pooling, export. Knows nothing of Ray or DeepSpeed."""
 
 from ullme_ray.model.backbone import base_folder, check_base
 from ullme_ray.model.base import ensure_base
