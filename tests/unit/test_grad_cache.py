@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from ullme_ray.errors import ModelError, TrainingError
 from ullme_ray.model.dropout import RowDropout, keep_mask, row_seeds
-from ullme_ray.model.tokenizing import load_tokenizer
-from ullme_ray.train.collate import TrainBatch
+from ullme_ray.model.encode import groups_of_like_length
+from ullme_ray.model.tokenizing import TextTokenizer, load_tokenizer
+from ullme_ray.train.collate import TrainBatch, collate, shortest_first
 from ullme_ray.train.step import backward_step, train_step
 
 
@@ -92,8 +94,9 @@ def test_recompute_sees_the_mode_and_the_adapter_of_the_first_time(tiny_base: st
     inside.register_forward_pre_hook(lambda *_: calls.append((right.adapters.current, torch.is_grad_enabled())))
     backward_step(PlainEngine(right), batch, spec, chunk_size=B, step=STEP, seed=SEED)
     assert relative_error(gradient(right), expected) <= 1e-5
-    # queries, passages, generation, reference; then the recomputations, the last pass first
-    assert [adapter for adapter, _ in calls] == ["default", "default", "generate", None, "generate", "default", "default"]
+    # encode, generate, reference; then the recomputations, the last pass first; each pass in three groups of like length
+    passes = ["default", "generate", None, "generate", "default"]
+    assert [adapter for adapter, _ in calls] == [adapter for adapter in passes for _ in range(3)]
 
 
 def test_rows_of_a_batch_keep_their_own_passages(tiny_base: str) -> None:
@@ -113,6 +116,44 @@ def test_rows_of_a_batch_keep_their_own_passages(tiny_base: str) -> None:
                     assert hf.decode(scored[-length:], skip_special_tokens=True) == passage
                 row += 1
         assert row == B
+
+
+def test_gradient_does_not_depend_on_the_order_of_rows(tiny_base: str) -> None:
+    """Rows may be sorted by length: their dropout follows their number, not their place."""
+    tokenizer = TextTokenizer(load_tokenizer(tiny_base), max_tokens=64, query_prompt="Find:\n", passage_prompt="")
+    rows = [replace(example, query=example.query * (1 + 5 * i % 3)) for i, example in enumerate(examples(B))]
+    ordered = shortest_first(rows)
+    lengths = [max(len(text) for text in (e.query, *e.passages)) for e in ordered]
+    assert lengths == sorted(lengths)
+    assert [e.row for e in ordered] != sorted(e.row for e in ordered) == [e.row for e in rows]
+    renumbered = [replace(example, row=place) for place, example in enumerate(ordered)]  # the control
+    gradients = []
+    for order in (rows, ordered, renumbered):
+        batch = collate(order, tokenizer, with_generation=True, max_generation_tokens=128)
+        module = case_module(tiny_base, "grl-separate")
+        backward_step(PlainEngine(module), batch, objective("grl"), chunk_size=3, step=STEP, seed=SEED)
+        gradients.append(gradient(module))
+    assert relative_error(gradients[1], gradients[0]) <= 1e-5
+    assert relative_error(gradients[2], gradients[0]) > 1e-2
+
+
+def test_groups_of_like_length_cost_least() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in (1, 2, 3, 7):
+        lengths = torch.randint(1, 30, (num_rows,), generator=generator).tolist()
+        for num_groups in (1, 2, 3, 9):
+            groups = groups_of_like_length(lengths, num_groups)
+            assert sorted(row for group in groups for row in group) == list(range(num_rows))
+            assert len(groups) == min(num_groups, num_rows)
+            ordered = sorted(lengths)
+            cheapest = min(
+                sum((b - a) * ordered[b - 1] for a, b in pairwise((0, *cut, num_rows)))
+                for cut in combinations(range(1, num_rows), len(groups) - 1)
+            )
+            assert sum(len(group) * max(lengths[row] for row in group) for group in groups) == cheapest
+    # Ranks must run the model equally often, also when all rows are alike, and when there are very many.
+    assert [len(groups_of_like_length([5] * num_rows, 3)) for num_rows in (2, 3, 1000)] == [2, 3, 3]
+    assert sorted(row for group in groups_of_like_length(list(range(1000)), 3) for row in group) == list(range(1000))
 
 
 def test_losses_do_not_depend_on_chunk_size(tiny_base: str) -> None:

@@ -6,10 +6,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ullme_ray.model.family import generates
 from ullme_ray.model.pooling import pool, pooling_mask
@@ -36,6 +39,19 @@ class TokenBatch:
         longest = int(mask.sum(dim=1).max())
         return TokenBatch(self.input_ids[start:stop, :longest], mask[:, :longest], self.prompt_lengths[start:stop])
 
+    def take(self, rows: Tensor) -> TokenBatch:
+        """The rows of these numbers, without the columns that are padding for all of them."""
+        chosen = TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.prompt_lengths[rows])
+        return chosen.rows(0, len(rows))
+
+    @staticmethod
+    def join(batches: Sequence[TokenBatch]) -> TokenBatch:
+        """The rows of all, one batch after the other; the new padding is masked like all padding."""
+        width = max(batch.input_ids.shape[1] for batch in batches)
+        ids = [pad(batch.input_ids, (0, width - batch.input_ids.shape[1])) for batch in batches]
+        masks = [pad(batch.attention_mask, (0, width - batch.attention_mask.shape[1])) for batch in batches]
+        return TokenBatch(torch.cat(ids), torch.cat(masks), torch.cat([batch.prompt_lengths for batch in batches]))
+
 
 def pad_batch(input_ids: Sequence[Sequence[int]], prompt_lengths: int | Sequence[int], pad_id: int) -> TokenBatch:
     """Right-pads lists of ids to (B, L)."""
@@ -52,6 +68,31 @@ def pad_batch(input_ids: Sequence[Sequence[int]], prompt_lengths: int | Sequence
 def pad_tokens(tokens: Tokens, rows: Sequence[int], pad_id: int) -> TokenBatch:
     """The chosen rows of `tokens` as a batch."""
     return pad_batch([tokens.input_ids[row] for row in rows], tokens.prompt_length, pad_id)
+
+
+def groups_of_like_length(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
+    """Rows in the groups that cost the fewest positions when each is padded to its own longest row.
+
+    Always min(num_groups, rows) groups: ranks that shard parameters must run the model equally often.
+
+    Returns:
+        Row numbers of each group, shortest rows first.
+    """
+    order = np.argsort(lengths, kind="stable")
+    # Places where a group may end; of very many rows not every place is looked at: the search takes places^2.
+    places = np.unique(np.linspace(0, len(order), min(len(order), max(128, num_groups)) + 1).round().astype(int))
+    longest = np.asarray(lengths)[order[places[1:] - 1]]
+    cost = (places[None, 1:] - places[:-1, None]) * longest.astype(float)  # [i, j]: a group from place i up to place j + 1
+    cost[np.tril_indices_from(cost, -1)] = np.inf
+    best, cuts = cost[0], []  # best[j]: cost of all rows up to place j + 1
+    for _ in range(min(num_groups, len(order)) - 1):
+        total = best[:-1, None] + cost[1:]
+        cuts.append(total.argmin(axis=0) + 1)
+        best = total.min(axis=0)
+    ends = [len(places) - 1]
+    for cut in reversed(cuts):
+        ends.append(int(cut[ends[-1] - 1]))
+    return [order[a:b].tolist() for a, b in pairwise([0, *(int(places[end]) for end in reversed(ends))])]
 
 
 @lru_cache(maxsize=64)

@@ -32,6 +32,15 @@ class Example:
         return (*self.positives, *self.negatives)
 
 
+def shortest_first(examples: Sequence[Example]) -> list[Example]:
+    """The examples by the length of their longest text, so that the rows of a chunk are alike and pad little.
+
+    Changes no gradient: dropout follows `Example.row`. The longest come last, for pass 1 spares the last chunk its second
+    encoding.
+    """
+    return sorted(examples, key=lambda example: max(map(len, (example.query, *example.passages))))
+
+
 @dataclass(frozen=True)
 class TrainBatch:
     """B rows of one rank, or C rows of a chunk of it."""

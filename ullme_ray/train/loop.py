@@ -23,7 +23,7 @@ from ullme_ray.pairs import data_fingerprint, read_sources
 from ullme_ray.spec.job import JobSpec, TrainSpec
 from ullme_ray.spec.run_folder import RunFolder
 from ullme_ray.train.checkpoint import Progress, open_checkpoint, restore_state, restore_weights, save_checkpoint
-from ullme_ray.train.collate import TrainBatch, collate
+from ullme_ray.train.collate import TrainBatch, collate, shortest_first
 from ullme_ray.train.collectives import world
 from ullme_ray.train.data import BatchSampler
 from ullme_ray.train.engine import open_engine
@@ -86,7 +86,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     log = MetricsLog(RunFolder.of(job).metrics, steps_done=at.step) if rank == 0 else None
 
     def fetch(step: int) -> TrainBatch:
-        examples = sampler.examples(step, rank * per_rank, per_rank)
+        examples = shortest_first(sampler.examples(step, rank * per_rank, per_rank))
         batch = collate(
             examples,
             tokenizer,
