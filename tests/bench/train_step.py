@@ -100,6 +100,7 @@ def job_of(setting: Setting, side: Side) -> Any:
                 "global_batch_size": setting.batch_size,
                 "chunk_size": side.chunk_size,
                 "learning_rate": setting.learning_rate,
+                "workers": {"gpus_per_worker": int(torch.cuda.is_available())},
                 "deepspeed": {"zero_stage": side.zero_stage},
             },
         }
@@ -329,7 +330,10 @@ def in_turn(setting: Setting, sides: Sequence[Side], *, rounds: int, warm_up: in
             order = list(range(len(sides)))
             for position in order if number % 2 else reversed(order):
                 step = processes[position].step(number)
-                print(f"  {sides[position].name}: step {number + 1}, {step.seconds:.2f} s", file=sys.stderr)
+                print(
+                    f"  {sides[position].name}: step {number + 1}, {step.seconds:.2f} s, CPU {step.cpu_s:.2f} s",
+                    file=sys.stderr,
+                )
                 if number >= warm_up:
                     steps[position].append(step)
     finally:
@@ -465,12 +469,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a random model of 2 layers in place of SmolLM2-135M")
     parser.add_argument("--model", help="folder of a decoder; absent: SmolLM2-135M, fetched and rebuilt")
-    parser.add_argument("--batch-size", type=int, default=256 if gpu else 32, help="queries of a step")
+    parser.add_argument("--batch-size", type=int, default=256 if gpu else 16, help="queries of a step")
     parser.add_argument("--chunk-size", type=int, default=32 if gpu else 4, help="queries of a GradCache chunk")
     parser.add_argument("--max-tokens", type=int, default=512 if gpu else 128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
     parser.add_argument("--lora", action="store_true", help=f"rank 16, dropout {_LORA_DROPOUT}, on all linear layers")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, after one to warm up")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed steps of each side after one to warm up; 3 at most in sweeps"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=("compare", "grl", "chunks", "zero"), help="some of the tables")
     parser.add_argument("--json", help="also write all figures to this file")
@@ -516,7 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             groups = [sides] if name == "compare" else [[sides[0], side] for side in sides[1:]]
             lines: list[Line] = []
             for group in groups:
-                steps = in_turn(setting, group, rounds=args.rounds)
+                steps = in_turn(setting, group, rounds=args.rounds if name == "compare" else min(args.rounds, 3))
                 lines += lines_of(setting, group, steps)[len(lines) > 0 :]
                 figures["tables"].setdefault(name, []).append(
                     [{"side": dataclasses.asdict(s), "steps": [x._asdict() for x in own]} for s, own in zip(group, steps)]
