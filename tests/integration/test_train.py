@@ -263,6 +263,7 @@ def test_validation_keeps_and_exports_the_best_and_stops_early(
     assert {c.step for c in list_checkpoints(job)} == {best, result.steps}
     text = (tmp_path / "early" / "metrics" / "train.jsonl").read_text()
     logged = {r["step"]: r["validation_ndcg"] for r in map(json.loads, text.splitlines()) if "validation_ndcg" in r}
+    assert 0.0 <= logged.pop(0) <= 1.0  # before training
     assert logged == validations
     # The export holds the best weights, and an independent measurement of it gives the number that was logged.
     assert measured_ndcg(job, heldout, k=3) == pytest.approx(validations[best], abs=1e-6)

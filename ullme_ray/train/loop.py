@@ -85,6 +85,12 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     peak = peak_flops(engine.device, DTYPES[job.model.dtype]) * world_size
     log = MetricsLog(RunFolder.of(job).metrics, steps_done=at.step) if rank == 0 else None
 
+    if validator is not None and at.step == 0:  # where the curve begins; no checkpoint to keep, so it competes with none
+        untrained = {"step": 0, "validation_ndcg": validator.measure(engine)}
+        if log is not None:
+            log.write(untrained)
+            report(untrained)
+
     def fetch(step: int) -> TrainBatch:
         examples = shortest_first(sampler.examples(step, rank * per_rank, per_rank))
         batch = collate(

@@ -86,7 +86,7 @@ class MetricsLog:
     def __init__(self, folder: str, *, steps_done: int) -> None:
         self.folder = folder
         self.path = storage.join(folder, "train.jsonl")
-        self.lines = [line for line in self._existing() if _step_of(line) <= steps_done]
+        self.lines = [line for line in self._existing() if steps_done and _step_of(line) <= steps_done]
         remote = storage.is_remote(folder)
         self._events = tempfile.mkdtemp(prefix="ullme-tensorboard-") if remote else os.path.join(folder, "tensorboard")
         if not remote:
