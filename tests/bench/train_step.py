@@ -254,8 +254,13 @@ class Theirs(Contestant):
     def step(self, number: int) -> Step:
         rows = self.sampler.examples(number, 0, self.setting.batch_size)
         columns = ([r.query for r in rows], [r.positives[0] for r in rows], [r.negatives[0] for r in rows])
+        # Not `preprocess`, which would put texts into the chat template where a tokenizer has one; then tokens would differ.
         features = [
-            {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in self.model.preprocess(texts).items()}
+            dict(
+                self.model.tokenizer(
+                    texts, padding=True, truncation=True, max_length=self.setting.max_tokens, return_tensors="pt"
+                ).to(self.device)
+            )
             for texts in columns
         ]
         tokens = sum(int(f["attention_mask"].sum()) for f in features)
@@ -336,6 +341,8 @@ def in_turn(setting: Setting, sides: Sequence[Side], *, rounds: int, warm_up: in
                 )
                 if number >= warm_up:
                     steps[position].append(step)
+            tokens = {processes[p].side.name: own[-1].encode_tokens for p, own in enumerate(steps) if own}
+            assert len(set(tokens.values())) <= 1, f"the sides are to train on the same tokens: {tokens}"
     finally:
         for process in processes:
             process.close()
