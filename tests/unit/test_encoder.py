@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from ullme_ray.errors import ModelError
 from ullme_ray.model import Encoder, encoder_fingerprint, open_encoder
-from ullme_ray.model.backbone import load_causal_lm
+from ullme_ray.model.backbone import check_base, load_causal_lm
 from ullme_ray.model.encode import TokenBatch, encode_batch, pad_batch
 from ullme_ray.model.encoder import (
     EncoderSettings,
@@ -26,8 +27,10 @@ from ullme_ray.model.encoder import (
 )
 from ullme_ray.model.export import export_encoder
 from ullme_ray.model.pooling import pool, pooling_mask
+from ullme_ray.model.two_pass import build_two_pass
 from ullme_ray.parity import min_cosine
 from ullme_ray.spec import JobSpec
+from ullme_ray.spec.job import LoraSpec, ModelSpec
 
 POOLINGS = ("mean", "lasttoken", "cls", "weightedmean")
 TEXTS = [
@@ -343,3 +346,17 @@ def test_probe_holds_exact_vectors_and_what_the_export_itself_reaches(
     monkeypatch.chdir(folder)
     exec(code, {})
     assert float(capsys.readouterr().out) >= probe_floor(encoder, probe["cosine"])
+
+
+def test_four_bits_need_bitsandbytes_and_a_gpu(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelSpec(base=tiny_base, max_tokens=32, lora=LoraSpec(rank=2, quantize_base="nf4"))
+    job = JobSpec.model_validate({"name": "t", "model": model.model_dump(), "embed": {"input": {"path": "x"}}})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(ModelError, match=r"needs the package bitsandbytes, which is not installed; pip install"):
+        check_base(job)
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="needs a GPU, and this machine has none"):
+            build_two_pass(tiny_base, model, reference="none")
+    whole = build_two_pass(tiny_base, model, reference="none", dtype=torch.float32)  # what an export merges into
+    assert next(whole.parameters()).dtype == torch.float32

@@ -5,6 +5,7 @@ Everything is loaded from a local folder of safetensors; hub names and s3:// fol
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -87,7 +88,10 @@ def _backends(attention: str) -> tuple[str, ...]:
     return ("sdpa", "eager") if attention == "auto" else (attention,)
 
 
-def _load(pick_class: Callable[[Any], Any], folder: str, model: ModelSpec, dtype: torch.dtype, device: str) -> Any:
+def _load(
+    pick_class: Callable[[Any], Any], folder: str, model: ModelSpec, dtype: torch.dtype, device: str, *, quantize: bool = False
+) -> Any:
+    extra = {"quantization_config": four_bits(dtype), "device_map": {"": torch.cuda.current_device()}} if quantize else {}
     config = load_config(folder, trust_remote_code=model.trust_remote_code)
     auto_class = pick_class(config)
     last_error: Exception | None = None
@@ -103,7 +107,9 @@ def _load(pick_class: Callable[[Any], Any], folder: str, model: ModelSpec, dtype
                     use_safetensors=True,
                     trust_remote_code=model.trust_remote_code,
                     local_files_only=True,
-                ).to(device)
+                    **extra,
+                )
+            module = module if quantize else module.to(device)
             backbone = module.base_model if hasattr(module, "lm_head") or module.base_model is not module else module
             probe_attention(backbone, config.get_text_config().vocab_size)
             for name in unused_modules(backbone):
@@ -132,9 +138,39 @@ def load_causal_lm(folder: str, model: ModelSpec, *, device: str = "cpu", dtype:
     """The model as training has it, probed, in eval mode: a decoder with its language-model head, or an encoder.
 
     Args:
-        dtype: over the job's (fp32 master weights).
+        dtype: over the job's, and never in 4 bits: the whole weights, to be merged and exported.
     """
-    return _load(training_class, folder, model, dtype or DTYPES[model.dtype], device)
+    quantize = dtype is None and model.lora is not None and model.lora.quantize_base is not None
+    return _load(training_class, folder, model, dtype or DTYPES[model.dtype], device, quantize=quantize)
+
+
+def check_quantization(model: ModelSpec) -> None:
+    """Before long work: is the library there that `model.lora.quantize_base` needs?
+
+    Raises:
+        ModelError: it is not.
+    """
+    wanted = model.lora is not None and model.lora.quantize_base is not None
+    if wanted and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "model.lora.quantize_base = nf4 needs the package bitsandbytes, which is not installed; "
+            "pip install bitsandbytes on every machine of the cluster, or remove the key"
+        )
+
+
+def four_bits(dtype: torch.dtype) -> Any:
+    """transformers' settings for QLoRA (Dettmers et al. 2023): nf4, twice quantized, computing in `dtype`.
+
+    Raises:
+        ModelError: this process has no GPU.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        raise ModelError("model.lora.quantize_base = nf4 needs a GPU, and this machine has none; remove it, or train on GPUs")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def unused_modules(backbone: Any) -> list[str]:
@@ -196,6 +232,7 @@ def check_base(job: JobSpec) -> None:
     Raises:
         ModelError: with the reason.
     """
+    check_quantization(job.model)
     if job.model.base == "scratch":
         return
     folder = base_folder(job)
