@@ -5,9 +5,11 @@ The control is plain DeepSpeed: with several backward calls and no boundary set 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,14 @@ def compare_on_rank(rank: int, world_size: int, port: int, base: str, expected_f
             compare("ours", case, make_job(base, stage, world_size))
         compare("bfloat16", "dpo-frozen-copy", make_job(base, stage, world_size, "bfloat16"), chunk_size=2)
     if world_size == 2:
+        for stage in range(4):
+            sent = []
+            for chunk_size in (ROWS, 1):
+                with counted_reductions() as numbers:
+                    compare("reduced", "grl", make_job(base, stage, world_size), chunk_size=chunk_size)
+                errors.pop()
+                sent.append(sum(numbers))
+            errors.append(["reduced", stage, "grl", sent[1] / sent[0]])
         for stage, offload in [(1, {"offload_optimizer": True}), (2, {"offload_optimizer": True})]:
             compare("ours", "grl", make_job(base, stage, world_size, **offload))
         compare("ours", "grl", make_job(base, 3, world_size, offload_optimizer=True, offload_parameters=True))
@@ -72,11 +82,40 @@ def compare_on_rank(rank: int, world_size: int, port: int, base: str, expected_f
                 self._engine.backward(loss)
 
         for stage in (1, 2):
-            compare("control", "dpo-frozen-copy", make_job(base, stage, world_size), Unaware, chunk_size=3)
+            with counted_reductions() as numbers:
+                compare("control", "dpo-frozen-copy", make_job(base, stage, world_size), Unaware, chunk_size=3)
+            with counted_reductions() as once:
+                compare("ours", "dpo-frozen-copy", make_job(base, stage, world_size), chunk_size=3)
+            errors.append(["reduced control", stage, "dpo-frozen-copy", sum(numbers) / sum(once)])
     if rank == 0:
         Path(result_file).write_text(json.dumps(errors))
     dist.barrier()
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def counted_reductions() -> Iterator[list[int]]:
+    """How many numbers each collective sums that runs inside."""
+    import torch.distributed as dist
+
+    numbers: list[int] = []
+    names = ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter")
+    plain = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Any:
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            numbers.append(tensor.numel())
+            return plain[name](tensor, *args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield numbers
+    finally:
+        for name in names:
+            setattr(dist, name, plain[name])
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +143,15 @@ def test_gradient_equals_plain_training_under_every_zero_stage(
     mp.spawn(compare_on_rank, args=(world_size, port, tiny_base, expected_file, str(result)), nprocs=world_size)
     errors = json.loads(result.read_text())
     ours = [e for e in errors if e[0] == "ours"]
-    assert len(ours) == 4 * len(CASES) + (3 if world_size == 2 else 0)
+    assert len(ours) == 4 * len(CASES) + (5 if world_size == 2 else 0)
     assert [e for e in ours if e[-1] > 1e-5] == []
     bfloat16 = [e for e in errors if e[0] == "bfloat16"]
     assert len(bfloat16) == 4
     assert [e for e in bfloat16 if e[-1] > 2e-2] == []  # rounding; the controls below are far beyond it
+    reduced = [e for e in errors if e[0] == "reduced"]
+    assert len(reduced) == (4 if world_size == 2 else 0)
+    assert [e for e in reduced if abs(e[-1] - 1) > 1e-3] == [], "one reduction a step, however many chunks"
+    assert all(e[-1] > 1.5 for e in errors if e[0] == "reduced control")
     controls = [e for e in errors if e[0] == "control"]
     assert len(controls) == (2 if world_size == 2 else 0)
     assert all(e[-1] > 5e-2 for e in controls), controls
