@@ -251,8 +251,8 @@ def _memory(job: JobSpec, train: TrainSpec, shape: _Shape, zero_stage: int) -> M
     """Bytes on one worker under a ZeRO stage.
 
     Weights (P) are in model.dtype; gradients of the trained ones (T) are summed in fp32; AdamW keeps 8 bytes per trained
-    parameter, and an fp32 copy of 4 more where weights are bfloat16 or sharded. Stage 1 shards the optimizer over the ranks, 2
-    also the gradients, 3 also the weights.
+    parameter, and an fp32 copy of 4 more where weights are bfloat16 or sharded. Stage 1 shards the optimizer over the ranks, 3
+    also the weights. Gradients wait whole for the one reduction of a step, but for stage 3 in bfloat16 (train/deepspeed.py).
     """
     ranks, objective, lora = train.workers.num_workers, train.objective, job.model.lora
     size = BYTES[job.model.dtype]
@@ -277,7 +277,7 @@ def _memory(job: JobSpec, train: TrainSpec, shape: _Shape, zero_stage: int) -> M
     return Memory(
         zero_stage=zero_stage,
         weights=0 if zero_stage == 3 and train.deepspeed.offload_parameters else share(weights, 3),
-        gradients=share(shape.trainable, 2) * 4,
+        gradients=4 * (share(shape.trainable, 3) if size < 4 else shape.trainable),
         optimizer=0 if on_cpu else share(shape.trainable, 1) * (8 + 4 * has_master),
         reference=shape.parameters * size if copied else 0,
         buffers=buffers,

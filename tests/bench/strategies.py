@@ -47,6 +47,7 @@ def make_job(base: str, folder: str, strategy: str, seed: int, steps: int) -> Jo
                 "max_steps": steps,
                 "learning_rate": 1e-3,
                 "deepspeed": {"zero_stage": 0},
+                "max_generation_tokens": 96,
                 "checkpoint_every_steps": steps,
                 "validation": {
                     "path": f"{folder}/data/data/heldout",

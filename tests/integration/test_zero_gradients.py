@@ -83,9 +83,9 @@ def compare_on_rank(rank: int, world_size: int, port: int, base: str, expected_f
 
         for stage in (1, 2):
             with counted_reductions() as numbers:
-                compare("control", "dpo-frozen-copy", make_job(base, stage, world_size), Unaware, chunk_size=3)
+                compare("control", "dpo-frozen-copy", make_job(base, stage, world_size), Unaware, chunk_size=1)
             with counted_reductions() as once:
-                compare("ours", "dpo-frozen-copy", make_job(base, stage, world_size), chunk_size=3)
+                compare("ours", "dpo-frozen-copy", make_job(base, stage, world_size), chunk_size=1)
             errors.append(["reduced control", stage, "dpo-frozen-copy", sum(numbers) / sum(once)])
     if rank == 0:
         Path(result_file).write_text(json.dumps(errors))
@@ -151,7 +151,7 @@ def test_gradient_equals_plain_training_under_every_zero_stage(
     reduced = [e for e in errors if e[0] == "reduced"]
     assert len(reduced) == (4 if world_size == 2 else 0)
     assert [e for e in reduced if abs(e[-1] - 1) > 1e-3] == [], "one reduction a step, however many chunks"
-    assert all(e[-1] > 1.5 for e in errors if e[0] == "reduced control")
+    assert all(e[-1] > 2 for e in errors if e[0] == "reduced control")
     controls = [e for e in errors if e[0] == "control"]
     assert len(controls) == (2 if world_size == 2 else 0)
     assert all(e[-1] > 5e-2 for e in controls), controls
