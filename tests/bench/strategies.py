@@ -47,7 +47,7 @@ def make_job(base: str, folder: str, strategy: str, seed: int, steps: int) -> Jo
                 "max_steps": steps,
                 "learning_rate": 1e-3,
                 "deepspeed": {"zero_stage": 0},
-                "max_generation_tokens": 96,
+                "max_generation_tokens": 80,
                 "checkpoint_every_steps": steps,
                 "validation": {
                     "path": f"{folder}/data/data/heldout",
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", help="folder of the pretrained model")
     parser.add_argument("--folder", default="runs/strategies", help="where data and runs go")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
