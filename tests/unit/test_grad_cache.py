@@ -6,6 +6,7 @@ activation checkpointing, all presets. Ranks and ZeRO stages: tests/integration/
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -30,8 +31,10 @@ from grl_reference import (
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from ullme_ray.errors import ModelError, TrainingError
+from ullme_ray.model.adapters import merge_lora
 from ullme_ray.model.dropout import RowDropout, keep_mask, row_seeds
 from ullme_ray.model.encode import groups_of_like_length
+from ullme_ray.model.encode import encode_batch
 from ullme_ray.model.tokenizing import TextTokenizer, load_tokenizer
 from ullme_ray.train.collate import TrainBatch, collate, shortest_first
 from ullme_ray.train.step import backward_step, train_step
@@ -75,6 +78,18 @@ def test_separate_adapters_are_each_trained_by_their_own_pass(tiny_base: str) ->
         n.split(".generate.")[0] for n in gradient(both) if ".generate." in n
     }
     assert len(gradient(both)) == 2 * len(gradient(encode_only))
+
+
+def test_only_the_adapter_that_encodes_is_merged_for_the_export(tiny_base: str) -> None:
+    queries = make_batch(tiny_base).queries
+    module = case_module(tiny_base, "grl-separate").eval()
+    with torch.no_grad():
+        expected = module(queries)[0]
+        merged = encode_batch(merge_lora(copy.deepcopy(module.lm)).base_model, queries, "mean")
+        other = copy.deepcopy(module.lm).merge_and_unload(adapter_names=["generate"])
+        control = encode_batch(other.base_model, queries, "mean")
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
+    assert (control - expected).abs().max() > 1e-2
 
 
 def test_recompute_sees_the_mode_and_the_adapter_of_the_first_time(tiny_base: str) -> None:
