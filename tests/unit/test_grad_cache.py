@@ -33,8 +33,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from ullme_ray.errors import ModelError, TrainingError
 from ullme_ray.model.adapters import merge_lora
 from ullme_ray.model.dropout import RowDropout, keep_mask, row_seeds
-from ullme_ray.model.encode import groups_of_like_length
-from ullme_ray.model.encode import encode_batch
+from ullme_ray.model.encode import encode_batch, groups_of_like_length
 from ullme_ray.model.tokenizing import TextTokenizer, load_tokenizer
 from ullme_ray.train.collate import TrainBatch, collate, shortest_first
 from ullme_ray.train.step import backward_step, train_step
