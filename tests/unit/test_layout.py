@@ -135,3 +135,10 @@ def test_no_print_outside_the_command_line() -> None:
         if any(isinstance(call, ast.Name) and call.id == "print" for call in calls):
             talkers.add(str(path.relative_to(PACKAGE)))
     assert talkers == {"cli.py", "run.py", "progress.py"}
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by name: it would refuse the whole run, though each folder passes by itself."""
+    names = [path.name for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert len(names) > 30
+    assert sorted(names) == sorted(set(names))
