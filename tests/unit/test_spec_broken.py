@@ -145,6 +145,11 @@ BROKEN = {
         6,
         ("train.negatives_per_query = 0",),
     ),
+    "a margin that leaves the miner nothing": Broken(
+        TRAIN + "  objective: {preset: genc, negative_margin: 0.2}\n",
+        5,
+        ("drops every negative that miner_epsilon = 0.2 keeps",),
+    ),
     "Matryoshka weights for other dims": Broken(
         TRAIN + "  objective: {preset: cl, matryoshka: {dims: [64, 32], weights: [1.0]}}\n", 5, ("are 1 for 2 dims",)
     ),

@@ -118,6 +118,13 @@ def _train(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
                 (f"train.data.{i}.in_batch_negatives", "train.negatives_per_query"),
                 "= false leaves no negative at all, since train.negatives_per_query = 0; use 1 or more, or true",
             )
+    margin, epsilon = objective.negative_margin, objective.miner_epsilon
+    if margin is not None and epsilon is not None and margin >= epsilon:
+        yield Contradiction(
+            (f"{at}.negative_margin", f"{at}.miner_epsilon", f"{at}.preset"),
+            f"= {margin} drops every negative that miner_epsilon = {epsilon} keeps, so nothing would be learned;"
+            " lower it, or raise miner_epsilon",
+        )
     widths = objective.matryoshka
     if widths is not None and widths.weights is not None and len(widths.weights) != len(widths.dims):
         yield Contradiction(

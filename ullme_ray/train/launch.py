@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import uuid
@@ -148,6 +149,8 @@ def _train_on_worker(config: dict[str, Any]) -> None:
     if ray.get(mailbox.failure.remote()) is not None:
         return  # Ray restarts ranks after any error; one that a restart cannot cure ends the run here
     job = parse_job(config["job"].encode(), source="job")
+    if job.train is not None and job.train.workers.gpus_per_worker == 0:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed takes a GPU where it sees one, also one that is not ours
     try:
         train_on_rank(job, lambda record: mailbox.put.remote(record))
     except UllmeError as error:

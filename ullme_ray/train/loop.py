@@ -24,7 +24,7 @@ from ullme_ray.spec.job import JobSpec, TrainSpec
 from ullme_ray.spec.run_folder import RunFolder
 from ullme_ray.train.checkpoint import Progress, open_checkpoint, restore_state, restore_weights, save_checkpoint
 from ullme_ray.train.collate import TrainBatch, collate, shortest_first
-from ullme_ray.train.collectives import world
+from ullme_ray.train.collectives import gather_objects, world
 from ullme_ray.train.data import BatchSampler
 from ullme_ray.train.engine import open_engine
 from ullme_ray.train.metrics import MetricsLog, memory_bytes, peak_flops, speed
@@ -74,11 +74,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     if reader is not None:
         restore_state(engine, reader)
     at = reader.progress if reader is not None else Progress(step=0, data=data_fingerprint(sources))
-    if at.data != data_fingerprint(sources):
-        raise TrainingError(
-            f"the rows of train.data are not those that this run began with {at.step} steps ago; put them back to resume, "
-            f"or give the job another name"
-        )
+    _check_same_rows(at, data_fingerprint(sources))
     reference: Table | None = None
     if train.objective.needs_reference and train.objective.reference == "precomputed":
         reference = ensure_reference(engine, sampler, tokenizer, job, steps_done=at.step)
@@ -144,6 +140,21 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     if log is not None:
         log.close()
     _export(job, at)
+
+
+def _check_same_rows(at: Progress, fingerprint: str) -> None:
+    """All ranks see the same training rows, and those with which the run began; a collective call.
+
+    Raises:
+        TrainingError: they do not.
+    """
+    if len(set(gather_objects(fingerprint))) > 1:
+        raise TrainingError("the ranks read different rows of train.data: a file changed while they started; start again")
+    if at.data != fingerprint:
+        raise TrainingError(
+            f"the rows of train.data are not those that this run began with {at.step} steps ago; put them back to resume, "
+            f"or give the job another name"
+        )
 
 
 def _is_over(at: Progress, train: TrainSpec) -> bool:
