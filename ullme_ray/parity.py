@@ -88,8 +88,8 @@ def _texts_and_table_vectors(job: JobSpec) -> tuple[list[str], np.ndarray]:
 
 def _corpus(job: JobSpec) -> Iterator[tuple[str, str]]:
     """(content hash, text) of the corpus's good rows, in order."""
+    from ullme_ray.embed.planning import list_input, split_file
     from ullme_ray.embed.reading import column_types, read_unit
-    from ullme_ray.embed.units import list_input, split_file
 
     assert job.embed is not None
     for file in list_input(job):

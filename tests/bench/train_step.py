@@ -179,7 +179,7 @@ class Ours(Contestant):
 
         from ullme_ray.model.encoder import open_tokenizer
         from ullme_ray.model.two_pass import build_two_pass
-        from ullme_ray.train.engine import open_engine
+        from ullme_ray.train.open_engine import open_engine
 
         super().__init__(setting, side)
         os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}

@@ -47,7 +47,8 @@ def steps_on_rank(rank: int, world_size: int, port: int, base: str, folder: str,
 
     from ullme_ray.model.two_pass import build_two_pass
     from ullme_ray.train.checkpoint import Progress, open_checkpoint, restore_state, restore_weights, save_checkpoint
-    from ullme_ray.train.engine import Engine, open_engine
+    from ullme_ray.train.engine import Engine
+    from ullme_ray.train.open_engine import open_engine
     from ullme_ray.train.step import train_step
 
     torch.set_num_threads(1)

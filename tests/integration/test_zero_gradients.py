@@ -40,7 +40,7 @@ def compare_on_rank(rank: int, world_size: int, port: int, base: str, expected_f
     import torch.distributed as dist
 
     from ullme_ray.train.deepspeed import DeepSpeedEngine
-    from ullme_ray.train.engine import open_engine
+    from ullme_ray.train.open_engine import open_engine
     from ullme_ray.train.step import backward_step
 
     torch.set_num_threads(1)

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ullme_ray.embed import reading
-from ullme_ray.embed.units import InputFile, list_input, plan_units, split_file
+from ullme_ray.embed.planning import list_input, plan_units, split_file
+from ullme_ray.embed.units import InputFile
 from ullme_ray.errors import EmbedError
 from ullme_ray.spec.job import EmbedInputSpec, JobSpec
 

@@ -28,8 +28,9 @@ from ullme_ray.embed.parts import (
     open_part,
     remove_stale_dead_letters,
 )
+from ullme_ray.embed.planning import list_input, split_file
 from ullme_ray.embed.reading import column_types
-from ullme_ray.embed.units import InputFile, Unit, embed_section, list_input, split_file
+from ullme_ray.embed.units import InputFile, Unit, embed_section
 from ullme_ray.errors import EmbedError
 from ullme_ray.progress import Progress
 from ullme_ray.ray_data import explained

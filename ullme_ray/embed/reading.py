@@ -15,18 +15,16 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ullme_ray import storage
+from ullme_ray.embed.units import InputFile, Unit
 from ullme_ray.errors import EmbedError, StorageError
 from ullme_ray.spec.job import EmbedInputSpec
 from ullme_ray.table import id_column
-
-if TYPE_CHECKING:
-    from ullme_ray.embed.units import InputFile, Unit
 
 _RAW_CHARACTERS = 2000  # of a bad row kept in the dead letters
 _PARQUET_BATCH_ROWS = 4096

@@ -1,4 +1,4 @@
-"""What a training loop needs of an engine, and which engine a job gets: plain data parallelism, or DeepSpeed's ZeRO 1 to 3."""
+"""What a training loop needs of an engine, and what all engines share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ullme_ray.model.two_pass import TwoPassModel
-from ullme_ray.spec.job import JobSpec, TrainSpec
+from ullme_ray.spec.job import TrainSpec
 
 
 class ParameterState(NamedTuple):
@@ -56,18 +56,6 @@ class Engine(Protocol):
     def set_parameter_state(self, name: str, value: ParameterState, *, steps_done: int) -> None:
         """Takes back what `parameter_state` gave, on any number of ranks and under any ZeRO stage; a collective call."""
         ...
-
-
-def open_engine(module: TwoPassModel, job: JobSpec, world_size: int) -> Engine:
-    """The engine of the job's ZeRO stage; takes the module over."""
-    assert job.train is not None
-    if job.train.deepspeed.zero_stage == 0:
-        from ullme_ray.train.data_parallel import DataParallelEngine
-
-        return DataParallelEngine(module, job, world_size)
-    from ullme_ray.train.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(module, job, world_size)
 
 
 def adamw(parameters: Iterable[Tensor], train: TrainSpec) -> torch.optim.AdamW:

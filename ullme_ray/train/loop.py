@@ -26,8 +26,8 @@ from ullme_ray.train.checkpoint import Progress, open_checkpoint, restore_state,
 from ullme_ray.train.collate import TrainBatch, collate, shortest_first
 from ullme_ray.train.collectives import gather_objects, world
 from ullme_ray.train.data import BatchSampler
-from ullme_ray.train.engine import open_engine
 from ullme_ray.train.metrics import MetricsLog, memory_bytes, peak_flops, speed
+from ullme_ray.train.open_engine import open_engine
 from ullme_ray.train.reference import Table, ensure_reference, reference_logps
 from ullme_ray.train.step import total_tokens, train_step
 from ullme_ray.train.validation import Validator
