@@ -42,7 +42,8 @@ def join(base: str, *parts: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def _remote(scheme: str) -> Any:
+def _remote(scheme: str, environment: tuple[tuple[str, str], ...]) -> Any:
+    """One client for each store that the AWS_* variables have named so far; they are read when a client is made."""
     if scheme != "s3":
         raise StorageError(f"scheme {scheme}:// is not supported; use a local path or s3://")
     import s3fs
@@ -56,7 +57,8 @@ def _remote(scheme: str) -> Any:
 
 def filesystem(path: str) -> Any:
     """The fsspec file system of a remote path."""
-    return _remote(path.partition("://")[0])
+    environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    return _remote(path.partition("://")[0], environment)
 
 
 @contextlib.contextmanager
