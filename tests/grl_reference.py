@@ -14,7 +14,8 @@ from ullme_ray.losses import alignment_kl, dpo, hinge, ipo, kto, sft
 from ullme_ray.model.dropout import row_seeds
 from ullme_ray.model.tokenizing import TextTokenizer, load_tokenizer
 from ullme_ray.model.two_pass import TwoPassModel, build_two_pass
-from ullme_ray.spec.job import LoraSpec, ModelSpec, ObjectiveSpec
+from ullme_ray.spec.job import LoraSpec, ModelSpec
+from ullme_ray.spec.objective import ObjectiveSpec
 from ullme_ray.train.collate import Example, TrainBatch, collate
 
 WORDS = ["bucket", "object", "policy", "access", "private", "public", "list", "key", "table", "query", "value", "request"]

@@ -46,7 +46,7 @@ def steps_on_rank(rank: int, world_size: int, port: int, base: str, folder: str,
     import torch.distributed as dist
 
     from ullme_ray.model.two_pass import build_two_pass
-    from ullme_ray.train.checkpoint import Progress, open_checkpoint, restore_state, restore_weights, save_checkpoint
+    from ullme_ray.train.checkpoint import TrainState, open_checkpoint, restore_state, restore_weights, save_checkpoint
     from ullme_ray.train.engine import Engine
     from ullme_ray.train.open_engine import open_engine
     from ullme_ray.train.step import train_step
@@ -70,7 +70,7 @@ def steps_on_rank(rank: int, world_size: int, port: int, base: str, folder: str,
             module = build_two_pass(base, job.model, reference="auto", seed=2)
             reader = open_checkpoint(job) if phase == "resume" else None
             if reader is not None:
-                assert reader.progress == Progress(step=2, validations=((2, 0.25),), data="rows")
+                assert reader.progress == TrainState(step=2, validations=((2, 0.25),), data="rows")
                 restore_weights(module, reader)
             engine = open_engine(module, job, world_size)
             if reader is not None:
@@ -78,7 +78,7 @@ def steps_on_rank(rank: int, world_size: int, port: int, base: str, folder: str,
                 keep(engine, job, stage, f"loaded{world_size}")
             for step in range(0 if phase == "save" else 2, 3):
                 if phase == "save" and step == 2:
-                    save_checkpoint(engine, job, Progress(step=2, validations=((2, 0.25),), data="rows"))
+                    save_checkpoint(engine, job, TrainState(step=2, validations=((2, 0.25),), data="rows"))
                     keep(engine, job, stage, "saved")
                 engine.set_learning_rate(1e-2)
                 train_step(engine, batch, objective("grl"), chunk_size=2, step=step, seed=SEED)

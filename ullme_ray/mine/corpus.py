@@ -93,8 +93,10 @@ class Corpus:
         return cls(path, spec.text)
 
     def files(self) -> list[storage.FileInfo]:
-        """Raises:
-        DataError: there is none, or one is of another kind.
+        """In the order in which they are read.
+
+        Raises:
+            DataError: there is none, or one is of another kind.
         """
         files = storage.list_files(self.path)
         if not files:
@@ -105,8 +107,10 @@ class Corpus:
         return files
 
     def passages(self) -> Iterator[str]:
-        """Raises:
-        DataError: a file cannot be read, or no row of all has a passage.
+        """Of all files; a row without one is counted.
+
+        Raises:
+            DataError: a file cannot be read, or no row of all has a passage.
         """
         num_good = 0
         for file in self.files():

@@ -113,7 +113,7 @@ def training_settings(job: JobSpec) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """Where a run stands: what a resumed run needs beside the weights."""
 
     step: int
@@ -131,7 +131,7 @@ class Progress:
         return bool(self.validations) and self.validations[-1][0] == self.step
 
 
-def save_checkpoint(engine: Engine, job: JobSpec, progress: Progress) -> None:
+def save_checkpoint(engine: Engine, job: JobSpec, progress: TrainState) -> None:
     """Writes and publishes a checkpoint, then drops the oldest, but never the best validated; a collective call."""
     assert job.train is not None
     rank, world_size = world()
@@ -169,7 +169,7 @@ def save_checkpoint(engine: Engine, job: JobSpec, progress: Progress) -> None:
         dist.barrier()
 
 
-def _drop_old(job: JobSpec, progress: Progress) -> None:
+def _drop_old(job: JobSpec, progress: TrainState) -> None:
     assert job.train is not None
     best = progress.best[0] if progress.best is not None else None
     for old in list_checkpoints(job)[: -job.train.keep_checkpoints]:
@@ -228,9 +228,9 @@ class CheckpointReader:
         return ParameterState(*(self._place[f"{name}|{f}"].get_tensor(f"{name}|{f}") for f in ParameterState._fields))
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> TrainState:
         manifest = self.checkpoint.manifest
-        return Progress(
+        return TrainState(
             step=self.checkpoint.step,
             validations=tuple((int(step), float(ndcg)) for step, ndcg in manifest["validations"]),
             finished=bool(manifest["finished"]),

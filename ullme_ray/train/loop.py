@@ -22,7 +22,7 @@ from ullme_ray.model.two_pass import build_two_pass
 from ullme_ray.pairs import data_fingerprint, read_sources
 from ullme_ray.spec.job import JobSpec, TrainSpec
 from ullme_ray.spec.run_folder import RunFolder
-from ullme_ray.train.checkpoint import Progress, open_checkpoint, restore_state, restore_weights, save_checkpoint
+from ullme_ray.train.checkpoint import TrainState, open_checkpoint, restore_state, restore_weights, save_checkpoint
 from ullme_ray.train.collate import TrainBatch, collate, shortest_first
 from ullme_ray.train.collectives import gather_objects, world
 from ullme_ray.train.data import BatchSampler
@@ -73,7 +73,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     engine = open_engine(module, job, world_size)
     if reader is not None:
         restore_state(engine, reader)
-    at = reader.progress if reader is not None else Progress(step=0, data=data_fingerprint(sources))
+    at = reader.progress if reader is not None else TrainState(step=0, data=data_fingerprint(sources))
     _check_same_rows(at, data_fingerprint(sources))
     reference: Table | None = None
     if train.objective.needs_reference and train.objective.reference == "precomputed":
@@ -142,7 +142,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
     _export(job, at)
 
 
-def _check_same_rows(at: Progress, fingerprint: str) -> None:
+def _check_same_rows(at: TrainState, fingerprint: str) -> None:
     """All ranks see the same training rows, and those with which the run began; a collective call.
 
     Raises:
@@ -157,7 +157,7 @@ def _check_same_rows(at: Progress, fingerprint: str) -> None:
         )
 
 
-def _is_over(at: Progress, train: TrainSpec) -> bool:
+def _is_over(at: TrainState, train: TrainSpec) -> bool:
     """All steps are done, or the last `patience` validations brought nothing better."""
     patience = train.validation.patience if train.validation is not None else None
     if at.step >= train.max_steps:
@@ -177,7 +177,7 @@ def learning_rate_at(step: int, train: TrainSpec) -> float:
     return train.learning_rate * shape
 
 
-def _export(job: JobSpec, at: Progress) -> None:
+def _export(job: JobSpec, at: TrainState) -> None:
     """Rank 0 puts the weights of the best validated, or else the last, checkpoint into a fresh copy of the base."""
     train = job.train
     assert train is not None

@@ -30,7 +30,7 @@ from ullme_ray.losses import (
     truncate,
 )
 from ullme_ray.model.dropout import row_seeds
-from ullme_ray.spec.job import ObjectiveSpec
+from ullme_ray.spec.objective import ObjectiveSpec
 from ullme_ray.train.collate import TrainBatch
 from ullme_ray.train.collectives import all_gather, all_gather_with_grad, all_sum, world
 from ullme_ray.train.engine import Engine

@@ -54,7 +54,7 @@ class _Wandb:
             name=os.environ.get("WANDB_NAME") or job.name,
             id=run_id or uuid.uuid4().hex,
             resume="allow",
-            config=_settings_of(job),
+            config=training_settings(job),
             dir=folder if keeps_here else None,
             settings=wandb.Settings(silent=True, console="off", disable_code=True, disable_git=True, x_disable_meta=True),
         )
@@ -80,7 +80,7 @@ class _Mlflow:
             experiment = self._client.get_experiment_by_name(name)
             experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
             self.run_id = str(self._client.create_run(experiment_id, run_name=job.name).info.run_id)
-            params = [Param(key, str(value)[:500]) for key, value in _settings_of(job).items()]
+            params = [Param(key, str(value)[:500]) for key, value in training_settings(job).items()]
             for start in range(0, len(params), _PARAMS_PER_CALL):
                 self._client.log_batch(self.run_id, params=params[start : start + _PARAMS_PER_CALL])
             self.sent_to = -1
@@ -226,11 +226,6 @@ def _mlflow_client() -> Any:
     from mlflow.tracking import MlflowClient
 
     return MlflowClient()
-
-
-def _settings_of(job: JobSpec) -> dict[str, Any]:
-    """What decides the run's numbers, flat; holds no secret and no reference to one."""
-    return training_settings(job)
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,30 @@
+"""What every part of the job file is built from: a strict, frozen section, and numbers with limits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$")]
+
+
+class Section(BaseModel):
+    """A part of the job file: unknown keys refused, values never coerced, never changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+def name_or_mapping(handler: GetJsonSchemaHandler, schema: CoreSchema, name: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of a section for which a name alone may stand, and in which no key is required."""
+    reference = handler(schema)
+    mapping = handler.resolve_ref_schema(reference)
+    mapping.pop("required", None)
+    whole = {"description": mapping.pop("description", ""), "anyOf": [name, dict(mapping)]}
+    mapping.clear()
+    mapping.update(whole)
+    return reference
