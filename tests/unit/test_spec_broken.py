@@ -126,6 +126,16 @@ BROKEN = {
     "secret in a misplaced section": Broken(HEAD + "serve: [{api_keys: sk-live-0815}]\n", 3, ("a list of 1",), "sk-live-0815"),
     "secret under a mistyped key": Broken(SERVE + "  api_key: sk-live-0815\n", 4, ("did you mean api_keys?",), "sk-live-0815"),
     # Values that cannot stand together.
+    "chunks that never end": Broken(
+        HEAD + "embed:\n  input:\n    path: a\n    chunks: {tokens: 32, overlap: 32}\n",
+        6,
+        ("embed.input.chunks.overlap = 32", "repeats all 32 tokens", "use 31 or fewer"),
+    ),
+    "chunks longer than a text": Broken(
+        HEAD + "embed:\n  input:\n    path: a\n    chunks: {tokens: 513}\n",
+        6,
+        ("embed.input.chunks.tokens = 513", "more than model.max_tokens = 512"),
+    ),
     "batch over ranks": Broken(
         TRAIN + "  global_batch_size: 500\n  workers: {num_workers: 16}\n",
         5,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
 
 from ullme_ray.errors import ModelError
 
 PromptName = Literal["query", "passage"]
 _LEAST_GENERATION_ROOM = 4
+_CALL_CHARACTERS = 2**20  # tokenized at a time: the library needs some 100 bytes a token until it is done
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class TextTokenizer:
         self.max_tokens = max_tokens
         self.prompts: dict[str, str] = {"query": query_prompt, "passage": passage_prompt}
         self._variants: dict[tuple[str, str], TextTokenizer] = {}
-        self._prompt_lengths = {name: self._prompt_length(prompt) for name, prompt in self.prompts.items()}
+        self._prompt_ids = {name: self._ids_of_prompt(prompt) for name, prompt in self.prompts.items()}
+        self._prompt_lengths = {name: len(ids) for name, ids in self._prompt_ids.items()}
         for name, length in self._prompt_lengths.items():
             if length >= max_tokens:
                 raise ModelError(
@@ -74,20 +78,72 @@ class TextTokenizer:
 
     def tokenize(self, texts: Sequence[str], prompt: PromptName) -> Tokens:
         """Ids of `prompt + text`, cut to `max_tokens`; `truncated` tells which texts lost something."""
-        text = self.prompts[prompt]
-        if not texts:
-            return Tokens([], self._prompt_lengths[prompt], [])
-        batch = self.hf(
-            [text + t for t in texts],
-            truncation=True,
-            max_length=self.max_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        truncated = [bool(encoding.overflowing) for encoding in batch.encodings]
-        # A text that tokenizes to nothing (no special tokens, empty string) still needs one position to pool.
-        input_ids = [ids or [self.pad_id] for ids in batch["input_ids"]]
-        return Tokens(input_ids, self._prompt_lengths[prompt], truncated)
+        tokens = Tokens([], self._prompt_lengths[prompt], [])
+        for encoding in self._encodings(texts, prompt, truncation=True, max_length=self.max_tokens):
+            # A text that tokenizes to nothing (no special tokens, empty string) still needs one position to pool.
+            tokens.input_ids.append(encoding.ids or [self.pad_id])
+            tokens.truncated.append(bool(encoding.overflowing))
+        return tokens
+
+    def tokenize_chunks(
+        self, texts: Sequence[str], prompt: PromptName, *, chunk_tokens: int, overlap: int
+    ) -> tuple[Tokens, np.ndarray]:
+        """Texts as windows of `chunk_tokens` of their own ids, each with prompt and special tokens; nothing is cut off.
+
+        A window starts `chunk_tokens - overlap` ids after the one before it. A text of one window gets the ids of `tokenize`.
+
+        Returns:
+            All chunks, those of a text one after another in its order, and the number of the text of each: (chunks,) int32.
+
+        Raises:
+            ModelError: as `check_chunks`.
+        """
+        assert 0 <= overlap < chunk_tokens
+        self.check_chunks(chunk_tokens, prompt)
+        chunks = Tokens([], self._prompt_lengths[prompt], [])
+        documents: list[int] = []
+        for document, encoding in enumerate(self._encodings(texts, prompt, verbose=False)):
+            windows = self._windows(encoding, prompt, chunk_tokens, overlap)
+            chunks.input_ids.extend(windows)
+            chunks.truncated.extend([False] * len(windows))
+            documents.extend([document] * len(windows))
+        return chunks, np.array(documents, np.int32)
+
+    def check_chunks(self, chunk_tokens: int, prompt: PromptName) -> None:
+        """Raises ModelError where a chunk, with prompt and special tokens, is longer than a text may be."""
+        frame = len(self.hf(self.prompts[prompt])["input_ids"])
+        if chunk_tokens + frame > self.max_tokens:
+            raise ModelError(
+                f"embed.input.chunks.tokens = {chunk_tokens}, with {frame} tokens of prompt and special tokens around them, is "
+                f"more than model.max_tokens = {self.max_tokens}; use {max(self.max_tokens - frame, 0)} or fewer"
+            )
+
+    def _windows(self, encoding: Any, prompt: PromptName, chunk_tokens: int, overlap: int) -> list[list[int]]:
+        ids, added = encoding.ids, encoding.special_tokens_mask  # 1 for tokens put around the text, 0 for those written in it
+        lead = next((at for at, special in enumerate(added) if not special), len(ids))
+        start = max(self._prompt_lengths[prompt], lead)
+        stop = len(ids) - next((at for at, special in enumerate(reversed(added)) if not special), 0)
+        if stop - start <= chunk_tokens:
+            return [ids or [self.pad_id]]
+        # The ids of the text's first window are its own from the first, as a prompt's last letters may merge with the text's.
+        lead_ids = self._prompt_ids[prompt] or ids[:lead]
+        begins = range(start, stop - overlap, chunk_tokens - overlap)
+        return [
+            (lead_ids if begin > start else ids[:start]) + ids[begin : min(begin + chunk_tokens, stop)] + ids[stop:]
+            for begin in begins
+        ]
+
+    def _encodings(self, texts: Sequence[str], prompt: PromptName, **options: Any) -> Iterator[Any]:
+        """What the tokenizers library gives for `prompt + text`, of each text."""
+        text, first = self.prompts[prompt], 0
+        while first < len(texts):
+            last, num_characters = first + 1, len(texts[first])
+            while last < len(texts) and num_characters + len(texts[last]) <= _CALL_CHARACTERS:
+                num_characters += len(texts[last])
+                last += 1
+            batch = [text + t for t in texts[first:last]]
+            yield from self.hf(batch, return_attention_mask=False, return_token_type_ids=False, **options).encodings
+            first = last
 
     def wrap_ids(self, ids: Sequence[Sequence[int]]) -> Tokens:
         """Ids that a caller tokenized itself: taken as they are, without prompt, cut to `max_tokens`."""
@@ -146,8 +202,8 @@ class TextTokenizer:
         offsets = encoding["offset_mapping"]
         return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
 
-    def _prompt_length(self, prompt: str) -> int:
-        return len(self._without_closing_token(self.hf(prompt)["input_ids"])) if prompt else 0
+    def _ids_of_prompt(self, prompt: str) -> list[int]:
+        return self._without_closing_token(self.hf(prompt)["input_ids"]) if prompt else []
 
     def _without_closing_token(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in self.hf.all_special_ids else ids

@@ -24,6 +24,7 @@ def contradictions(job: JobSpec) -> list[Contradiction]:
         *_pools(job),
         *(_train(job, job.train) if job.train else ()),
         *(_mine(job, job.mine) if job.mine else ()),
+        *_chunks(job),
         *_paths(job),
     ]
 
@@ -193,6 +194,24 @@ def _mine(job: JobSpec, mine: MineSpec) -> Iterator[Contradiction]:
                     (f"mine.encoder.{name}", "mine.encoder.base"),
                     f"cannot be set for encoder {mine.encoder.base}, which has the settings of the model section; remove it",
                 )
+
+
+def _chunks(job: JobSpec) -> Iterator[Contradiction]:
+    chunks = job.embed.input.chunks if job.embed else None
+    if chunks is None:
+        return
+    at = "embed.input.chunks"
+    if chunks.overlap >= chunks.tokens:
+        yield Contradiction(
+            (f"{at}.overlap", f"{at}.tokens"),
+            f"= {chunks.overlap} repeats all {chunks.tokens} tokens of a chunk, so that no text would ever end; "
+            f"use {chunks.tokens - 1} or fewer, better a tenth of tokens",
+        )
+    if chunks.tokens > job.model.max_tokens:
+        yield Contradiction(
+            (f"{at}.tokens", "model.max_tokens"),
+            f"= {chunks.tokens} is more than model.max_tokens = {job.model.max_tokens}; lower it or raise model.max_tokens",
+        )
 
 
 def _paths(job: JobSpec) -> Iterator[Contradiction]:

@@ -182,6 +182,11 @@ class EvaluateSpec(Section):
     k: PositiveInt = Field(10, description="Cut-off of nDCG@k and recall@k.")
 
 
+class ChunksSpec(Section):
+    tokens: PositiveInt = Field(256, description="Tokens of the document in one chunk, prompt and special tokens not counted.")
+    overlap: Annotated[int, Field(ge=0)] = Field(32, description="Tokens that a chunk repeats of the one before it.")
+
+
 class EmbedInputSpec(Section):
     path: str = Field(min_length=1, description="File, folder or glob of JSONL (.gz allowed), CSV or Parquet rows.")
     id: str | None = Field(None, description="Column with a unique id; absent means file and row number.")
@@ -189,6 +194,9 @@ class EmbedInputSpec(Section):
         ("text",), description="Columns joined with a newline to make the text."
     )
     columns: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Further columns copied into the table.")
+    chunks: ChunksSpec | None = Field(
+        None, description="Split long documents into chunks of one row each; absent means cut to model.max_tokens, with a mark."
+    )
 
 
 class EmbedOutputSpec(Section):
