@@ -195,6 +195,14 @@ BROKEN = {
     "actors min above max": Broken(
         EMBED + "  actors:\n    max: 2\n    min: 3\n", 7, ("embed.actors.min = 3 is more than max = 2",)
     ),
+    "mantissas of bytes": Broken(
+        EMBED + "  output:\n    dtype: int8\n    mantissa_bits: 10\n",
+        7,
+        ("embed.output.mantissa_bits = 10 rounds float32 numbers, and dtype is int8", "dtype: float32"),
+    ),
+    "bits that fill no whole byte": Broken(
+        EMBED + "  output: {dtype: ubinary, dims: 100}\n", 5, ("embed.output.dims = 100", "use 96 or 104")
+    ),
     "replicas min above max": Broken(SERVE + "  replicas: {min: 4}\n", 4, ("serve.replicas.min = 4 is more than max = 1",)),
     "unknown scheme": Broken(
         HEAD + "train:\n  data: [{path: gs://b/x}]\n", 4, ("gs://b/x", "unknown scheme gs://", "s3://bucket")

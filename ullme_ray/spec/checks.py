@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ullme_ray.spec.job import JobSpec, LatentAttentionSpec, MineSpec, TrainSpec
+from ullme_ray.spec.job import EmbedOutputSpec, JobSpec, LatentAttentionSpec, MineSpec, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ def contradictions(job: JobSpec) -> list[Contradiction]:
         *(_train(job, job.train) if job.train else ()),
         *(_mine(job, job.mine) if job.mine else ()),
         *_chunks(job),
+        *(_stored_vectors(job.embed.output) if job.embed else ()),
         *_paths(job),
     ]
 
@@ -211,6 +212,21 @@ def _chunks(job: JobSpec) -> Iterator[Contradiction]:
         yield Contradiction(
             (f"{at}.tokens", "model.max_tokens"),
             f"= {chunks.tokens} is more than model.max_tokens = {job.model.max_tokens}; lower it or raise model.max_tokens",
+        )
+
+
+def _stored_vectors(output: EmbedOutputSpec) -> Iterator[Contradiction]:
+    at = "embed.output"
+    if output.mantissa_bits is not None and output.dtype != "float32":
+        yield Contradiction(
+            (f"{at}.mantissa_bits", f"{at}.dtype"),
+            f"= {output.mantissa_bits} rounds float32 numbers, and dtype is {output.dtype}; remove it, or use dtype: float32",
+        )
+    if output.dims is not None and output.dims % 8 and output.dtype in ("binary", "ubinary"):
+        yield Contradiction(
+            (f"{at}.dims", f"{at}.dtype"),
+            f"= {output.dims} does not fill whole bytes with bits, as dtype: {output.dtype} needs; "
+            f"use {_near_multiples(output.dims, 8)}",
         )
 
 

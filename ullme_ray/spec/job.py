@@ -201,6 +201,16 @@ class EmbedInputSpec(Section):
 
 class EmbedOutputSpec(Section):
     path: str = Field("run:embeddings", min_length=1, description="Folder of the Delta table of Parquet parts.")
+    dtype: Literal["float32", "int8", "uint8", "binary", "ubinary"] = Field(
+        "float32",
+        description="Storage of a number: 4 bytes, 1 byte (by ranges measured once per table), or 1 bit (its sign).",
+    )
+    dims: PositiveInt | None = Field(
+        None, description="Keep the first so many numbers of a vector, scaled to unit length (Matryoshka); absent means all."
+    )
+    mantissa_bits: Annotated[int, Field(ge=1, le=22)] | None = Field(
+        None, description="Round float32 to so many of its 23 mantissa bits; with 10 a table takes half the bytes. Absent: all."
+    )
 
 
 class ActorsSpec(Section):
