@@ -1,7 +1,7 @@
 """The embeddings table, where stages that write it and stages that read it meet: a Delta table of Parquet parts.
 
 Delta has no type for lists of one length, so readers that go by its schema give `embedding` as a list, and those that go by the
-parts as an array of D floats. With `table = deltalake.DeltaTable(path)`, tried with the versions in brackets:
+parts as an array of D numbers. With `table = deltalake.DeltaTable(path)`, tried with the versions in brackets:
 
     deltalake (1.6)  table.to_pyarrow_table(), table.to_pyarrow_dataset()                 a list
     pandas (3.1)     table.to_pandas(), pandas.read_parquet(table.file_uris())            a numpy array in each row
@@ -10,6 +10,9 @@ parts as an array of D floats. With `table = deltalake.DeltaTable(path)`, tried 
     duckdb (2.0)     SELECT ... FROM read_parquet([...table.file_uris()...])              FLOAT[]; cast with ::FLOAT[D]
     pyarrow (26)     pyarrow.parquet.read_table(one of table.file_uris())                 fixed_size_list<float>[D]
 
+Instead of floats, `embed.output.dtype` int8 and binary give all of them bytes from -128 to 127; uint8 and ubinary give bytes
+from 0 to 255 by the parts, and 16-bit numbers of the same values by Delta's schema, which has no unsigned type. What they mean
+is in vectors.py: `format_of(schema.metadata).decode(...)` makes vectors of what a part holds.
 Polars' own Delta reader (`read_delta`, `scan_delta` without use_pyarrow) refuses the parts: it takes no array for a list.
 Never read the folder itself: it also holds parts that are not in the table, or no longer.
 """

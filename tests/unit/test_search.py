@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import stored_table
 from deltalake import Schema
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
@@ -19,6 +20,7 @@ from ullme_ray.evaluate import search as search_module
 from ullme_ray.evaluate.search import search
 from ullme_ray.model import Encoder, open_encoder
 from ullme_ray.spec import JobSpec
+from ullme_ray.vectors import VectorFormat
 
 TEXTS = [
     f"the {verb} {noun}" for verb in ("deletes", "creates", "makes private") for noun in ("bucket", "key", "table", "query")
@@ -92,6 +94,28 @@ def test_hits_are_those_of_a_full_sort(table_job, encoder, monkeypatch):
     assert [hit.columns for hit in hits] == [{"text": TEXTS[row], "place": row} for row in expected]
     assert [hit.score for hit in hits] == pytest.approx(cosines[expected].tolist(), abs=1e-6)
     assert len({hit.columns["place"] // 4 for hit in search(table_job, question, top_k=100)}) == 3, "hits of one part only"
+
+
+@pytest.mark.parametrize("dims", [None, 16])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "uint8", "binary", "ubinary"])
+def test_quantised_and_cut_tables_are_ranked_by_what_they_stand_for(tiny_base, tmp_path, encoder, dtype, dims):
+    vectors, form = encoder.encode(TEXTS), VectorFormat(dtype, dims)
+    form = form.calibrated(vectors) if form.is_scaled else form
+    ids = [f"k{row}" for row in range(len(TEXTS))]
+    folder = tmp_path / "docs" / "embeddings"
+    columns = {"key": ids, "text": TEXTS, "place": list(range(len(TEXTS)))}
+    stored_table.write_table(folder, form, vectors, columns, fingerprint=encoder.fingerprint)
+    question = "how do I make a bucket private"
+    hits = search(make_job(tiny_base, tmp_path), question, top_k=5)
+    asked = encoder.encode([question], "query")[:, :dims]
+    cosines = form.decode(form.encode(vectors)) @ (asked / np.linalg.norm(asked))[0]
+    expected = np.argsort(-cosines, kind="stable")[:5]
+    assert [hit.score for hit in hits] == pytest.approx(cosines[expected].tolist(), abs=1e-6)
+    assert [hit.columns["place"] for hit in hits] == expected.tolist()
+    if form.is_scaled:
+        raw = form.encode(vectors).astype(np.float32)
+        unscaled = (raw / np.linalg.norm(raw, axis=1, keepdims=True)) @ (asked / np.linalg.norm(asked))[0]
+        assert np.abs(unscaled - cosines).min() > 1e-3, "control: the bytes by themselves are other vectors"
 
 
 def test_more_hits_than_rows_gives_all_rows(table_job):

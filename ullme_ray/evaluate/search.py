@@ -1,6 +1,7 @@
 """Exact search over the embeddings table: the question is embedded, every vector is compared, the best rows are fetched.
 
-Streams the table part by part, so it may be larger than memory; a search costs one read of the `embedding` column.
+Streams the table part by part, so it may be larger than memory; a search costs one read of the `embedding` column. Quantised
+vectors count as what they stand for, and the question's vector is not quantised: that ranks better than bits against bits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ullme_ray.retrieval import topk
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import EmbedSpec
 from ullme_ray.table import PROVENANCE_KEY, id_column, open_table
+from ullme_ray.vectors import format_of
 
 EMBEDDING_COLUMN = "embedding"
 BATCH_ROWS = 16_384
@@ -107,13 +109,18 @@ def _nearest(parts: list[Any], asked: _Question, k: int, path: str) -> list[tupl
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for part, first_row in zip(parts, first_rows.tolist()):
             _check_model(part, asked.fingerprint, path)
+            form = format_of(part.physical_schema.metadata)
             for batch in part.to_batches(columns=[EMBEDDING_COLUMN], batch_size=BATCH_ROWS):
                 if batch.num_rows:
                     # Top-k prefers the largest id where scores are equal, so the first row gets the largest.
-                    yield -np.arange(first_row, first_row + batch.num_rows), _vectors(batch.column(0))
+                    vectors = form.decode(form.from_arrow(batch.column(0)))  # (n, D)
+                    yield -np.arange(first_row, first_row + batch.num_rows), vectors
                 first_row += batch.num_rows
 
-    (best,) = topk.top_k(asked.vector[None], blocks(), k)
+    question = asked.vector[None]
+    if parts:
+        question = format_of(parts[0].physical_schema.metadata).cut(question)  # (1, D)
+    (best,) = topk.top_k(question, blocks(), k)
     found = []
     for negative_row, score in best:
         part = int(np.searchsorted(first_rows, -negative_row, side="right")) - 1
@@ -131,11 +138,6 @@ def _check_model(part: Any, fingerprint: str, path: str) -> None:
             f"the table {path} was made by another model (fingerprint {made_by[:12]}) than the question's vector "
             f"({fingerprint[:12]}); run `ullme-ray embed` on this job again"
         )
-
-
-def _vectors(column: pa.Array) -> np.ndarray:
-    """(n, D) float32 from a list column whose rows all have the same length."""
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def _read_hit(part: Any, row: int, score: float, embed: EmbedSpec) -> Hit:
