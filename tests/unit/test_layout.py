@@ -17,7 +17,7 @@ STAGES = {"train", "mine", "embed", "serve", "evaluate"}
 LAYERS = [
     {"errors"},
     {"spec", "storage"},
-    {"losses", "pairs", "model", "retrieval", "sample_data", "progress", "table", "vectors", "ray_data"},
+    {"losses", "pairs", "model", "retrieval", "sample_data", "progress", "table", "row_files", "vectors", "ray_data"},
     STAGES,
     {"runtime", "plan", "parity", "run"},
     {"cli"},
@@ -78,7 +78,9 @@ def test_stages_never_import_one_another() -> None:
     assert seen == STAGES
 
 
-@pytest.mark.parametrize("part", ["errors", "spec", "storage", "losses", "pairs", "model", "retrieval", "table", "vectors"])
+@pytest.mark.parametrize(
+    "part", ["errors", "spec", "storage", "losses", "pairs", "model", "retrieval", "table", "row_files", "vectors"]
+)
 def test_ray_is_not_imported_below_the_stages(part: str) -> None:
     found = {module: imports for module, imports in modules().items() if part_of(module) == part}
     assert found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ullme_ray.errors import DataError, JobFileError, ModelError
@@ -238,10 +239,11 @@ def test_corpus_rows_without_text_are_counted(tmp_path: Path) -> None:
     assert (corpus.num_rejected, corpus.first_rejected) == (6, f"{path} row 3")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(Path(path).read_bytes()))
     assert list(Corpus(f"{path}.gz", ("title", "body")).passages()) == ["t\nb", "only body"]
+    (tmp_path / "c.jsonl.zst").write_bytes(pa.compress(Path(path).read_bytes(), codec="zstd", asbytes=True))
+    assert list(Corpus(f"{path}.zst", ("title", "body")).passages()) == ["t\nb", "only body"]
 
 
 def test_a_corpus_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     def refused(name: str, words: str) -> None:
@@ -258,7 +260,7 @@ def test_a_corpus_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["b"]}), tmp_path / "bad.parquet")
     refused("bad.parquet", "none of 1 rows has text")
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "x" * 1000}).encode())[:-9])
-    refused("torn.jsonl.gz", "torn.jsonl.gz cannot be read: EOFError")
+    refused("torn.jsonl.gz", "torn.jsonl.gz cannot be read: OSError: Truncated")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "bad.parquet").read_bytes()[:-9])
     refused("torn.parquet", "torn.parquet cannot be read")
 

@@ -1,34 +1,32 @@
-"""Rows of Parquet, JSONL(.gz) and CSV(.gz) files: finding where units start, and reading one unit.
+"""The rows of a unit, good and bad apart: a bad row goes to the dead letters with its reason, and none is lost.
 
-JSONL and CSV units start at a byte offset noted by planning, so plain files are read once over all units. In a gzip file, and
-in a Parquet row group of more rows than a unit, the rows before the unit are decoded again: take larger units for such files.
+Costs a read of the unit and a few microseconds of Python a row. `formats/` knows how rows lie in files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import gzip
 import hashlib
-import itertools
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ullme_ray import storage
+from ullme_ray.embed.formats import FORMATS
+from ullme_ray.embed.formats.columns import check_columns
+from ullme_ray.embed.formats.json_lines import KINDS
 from ullme_ray.embed.units import InputFile, Unit
-from ullme_ray.errors import EmbedError, StorageError
+from ullme_ray.errors import DataError, EmbedError, StorageError
+from ullme_ray.row_files import READ_ERRORS, BadRow
 from ullme_ray.spec.job import EmbedInputSpec
 from ullme_ray.table import id_column
 
+MAX_TEXT_BYTES = 16 * 2**20  # of one document in UTF-8; tokenizing takes some 25 times that in memory
 _RAW_CHARACTERS = 2000  # of a bad row kept in the dead letters
-_PARQUET_BATCH_ROWS = 4096
-csv.field_size_limit(2**31 - 1)
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # a byte order mark, and characters of no width: a text of these has no content
 
 DEAD_LETTER_SCHEMA = pa.schema(
     [("file", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string()), ("raw", pa.string())]
@@ -37,7 +35,7 @@ DEAD_LETTER_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class UnitRows:
-    """The rows of a unit, good and bad apart: `good` has the columns id, pass-through columns, `text` and `content_hash`."""
+    """The rows of a unit: `good` has the columns id, pass-through columns and `content_hash`, `texts` the texts of its rows."""
 
     texts: list[str]
     good: pa.Table
@@ -48,30 +46,16 @@ class _BadRowError(Exception):
     """A row that goes to the dead letters; its message is the reason."""
 
 
+@dataclass(frozen=True, slots=True)
+class _GoodRow:
+    position: int
+    text: str
+    kept: list[Any]  # the id, then the pass-through columns
+
+
 def kept_columns(spec: EmbedInputSpec) -> list[str]:
     """The user's columns that the table has: the id first."""
     return [id_column(spec), *spec.columns]
-
-
-def find_rows(file: InputFile, *, every: int) -> tuple[list[int], int]:
-    """Byte offsets of rows 0, every, 2 * every, ... (all 0 for Parquet), and the number of rows.
-
-    Raises:
-        EmbedError: the file cannot be read to its end.
-    """
-    with _readable(file):
-        if file.format == "parquet":
-            with storage.open_read(file.path) as stream:
-                num_rows = int(pq.read_metadata(stream).num_rows)
-            return [0] * max(1, -(-num_rows // every)), num_rows
-        offsets, num_rows = [], 0
-        with _open_text(file) as stream:
-            rows = _json_lines(stream, 0) if file.format == "jsonl" else _csv_rows(stream, 0)
-            for offset, _ in rows:
-                if num_rows % every == 0:
-                    offsets.append(offset)
-                num_rows += 1
-        return offsets or [0], num_rows
 
 
 def column_types(file: InputFile, spec: EmbedInputSpec) -> pa.Schema:
@@ -83,24 +67,26 @@ def column_types(file: InputFile, spec: EmbedInputSpec) -> pa.Schema:
     Raises:
         EmbedError: a column of the job is missing or not of a usable type.
     """
-    names = kept_columns(spec)
-    if file.format != "parquet":
-        return pa.schema([(name, pa.string()) for name in names])
-    with _readable(file), storage.open_read(file.path) as stream:
-        schema = pq.read_schema(stream)
-    _check_columns(file, spec, schema.names)
-    for name in spec.text:
-        kind = _storable(schema.field(name).type)
-        if not (pa.types.is_string(kind) or pa.types.is_null(schema.field(name).type)):
+    with readable(file):
+        schema = FORMATS[file.format].schema(file)
+    if schema is not None:
+        check_columns(file, spec, schema.names)
+        for name in spec.text:
+            kind = _storable(schema.field(name).type)
+            if not pa.types.is_string(kind):
+                raise EmbedError(
+                    f"embed.input.text names column {name}, which is {kind} and not text in {file.path}; choose a text column"
+                )
+    types = []
+    for name in kept_columns(spec):
+        is_generated = spec.id is None and name == id_column(spec)
+        kind = pa.string() if schema is None or is_generated else _storable(schema.field(name).type)
+        if name == spec.id and not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
             raise EmbedError(
-                f"embed.input.text names column {name}, which is {kind} and not text in {file.path}; choose a text column"
+                f"embed.input.id names column {name}, which is {kind} in {file.path}; an id is text or a whole number"
             )
-    return pa.schema(
-        [
-            (name, pa.string() if spec.id is None and name == id_column(spec) else _storable(schema.field(name).type))
-            for name in names
-        ]
-    )
+        types.append((name, kind))
+    return pa.schema(types)
 
 
 def _storable(kind: pa.DataType) -> pa.DataType:
@@ -125,40 +111,65 @@ def read_unit(unit: Unit, spec: EmbedInputSpec, types: pa.Schema) -> UnitRows:
     Raises:
         EmbedError: the file cannot be read, or is no longer the version that was planned.
     """
-    texts: list[str] = []
-    columns: dict[str, list[Any]] = {name: [] for name in types.names}
-    dead: list[dict[str, Any]] = []
-    with _readable(unit.file):
-        rows = list(_rows(unit, spec))
+    with readable(unit.file):
+        rows = list(FORMATS[unit.file.format].rows(unit, spec))
     if len(rows) != unit.num_rows or not unit.file.unchanged:
         raise EmbedError(f"{unit.file.path} changed while it was read; run again")
+    good: list[_GoodRow] = []
+    dead: dict[int, dict[str, Any]] = {}
     for position, row in enumerate(rows, start=unit.start):
         row_id: Any = None
         try:
-            if isinstance(row, _BadRowError):
-                raise row
+            if isinstance(row, BadRow):
+                raise _BadRowError(row.reason)
             row_id = _row_id(row, position, unit, spec)
-            text = _text(row, spec)
             kept = [row_id, *(_pass_through(row.get(name), unit.file) for name in spec.columns)]
+            good.append(_GoodRow(position, _text(row, spec), kept))
         except _BadRowError as reason:
-            raw = _shown(reason.args[1] if len(reason.args) > 1 else row)
-            known_id = None if row_id is None else _shown(row_id)
-            dead.append({"file": unit.file.path, "row": position, "id": known_id, "reason": str(reason.args[0]), "raw": raw})
-            continue
-        texts.append(text)
-        for name, value in zip(types.names, kept):
-            columns[name].append(value)
-    good = pa.table([_array(columns[field.name], field, unit.file) for field in types], schema=types)
-    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    good = good.append_column("content_hash", pa.array(hashes, pa.string()))
-    return UnitRows(texts, good, pa.Table.from_pylist(dead, schema=DEAD_LETTER_SCHEMA))
+            raw = row.start if isinstance(row, BadRow) else _shown(row)
+            dead[position] = _dead_letter(unit, position, row_id, str(reason), raw)
+    for position, (name, value) in _unfit(good, types, unit.file).items():
+        dead[position] = _dead_letter(unit, position, None, f"{name} does not fit the table's {types.field(name).type}", value)
+    good = [row for row in good if row.position not in dead]
+    table = pa.table([pa.array([row.kept[at] for row in good], kind) for at, kind in enumerate(types.types)], schema=types)
+    hashes = [hashlib.sha256(row.text.encode()).hexdigest() for row in good]
+    return UnitRows(
+        [row.text for row in good],
+        table.append_column("content_hash", pa.array(hashes, pa.string())),
+        pa.Table.from_pylist([dead[position] for position in sorted(dead)], schema=DEAD_LETTER_SCHEMA),
+    )
 
 
-def _array(values: list[Any], field: pa.Field, file: InputFile) -> pa.Array:
+def _dead_letter(unit: Unit, position: int, row_id: Any, reason: str, raw: str) -> dict[str, Any]:
+    known_id = None if row_id is None else _shown(row_id)
+    number = 0 if unit.file.members else position  # in a plain text there is but one
+    return {"file": unit.file.path_of(position), "row": number, "id": known_id, "reason": reason, "raw": _shown(raw)}
+
+
+def _unfit(good: list[_GoodRow], types: pa.Schema, file: InputFile) -> dict[int, tuple[str, str]]:
+    """Rows (by position) with a value that its column of the table cannot hold, such as a number of too many bits.
+
+    Raises:
+        EmbedError: the whole column is of another type.
+    """
+    unfit = {}
+    for at, field in enumerate(types):
+        if _array([row.kept[at] for row in good], field.type) is None:
+            schema = FORMATS[file.format].schema(file)
+            kind = pa.string() if schema is None else _storable(schema.field(field.name).type)
+            if kind != field.type and not (pa.types.is_integer(kind) and pa.types.is_integer(field.type)):
+                raise EmbedError(f"column {field.name} of {file.path} is {kind}, which does not fit the table's {field.type}")
+            for row in good:
+                if _array([row.kept[at]], field.type) is None:
+                    unfit[row.position] = field.name, _shown(row.kept[at])
+    return unfit
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array | None:
     try:
-        return pa.array(values, field.type)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        raise EmbedError(f"column {field.name} of {file.path} does not fit the table's {field.type} ({error})") from error
+        return pa.array(values, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return None
 
 
 def _text(row: dict[str, Any], spec: EmbedInputSpec) -> str:
@@ -167,29 +178,34 @@ def _text(row: dict[str, Any], spec: EmbedInputSpec) -> str:
     for name, value in zip(spec.text, values):
         if value is not None and not isinstance(value, str):
             raise _BadRowError(f"{name} is {_kind(value)}, not text")
-    parts = [value for value in values if value is not None and value.strip()]
+    parts = [value for value in values if value is not None and not _is_blank(value)]
     named = " and ".join(spec.text)
     if not parts:
         raise _BadRowError(f"{named} is null" if all(value is None for value in values) else f"{named} is empty")
     text = "\n".join(parts)
-    if not _is_unicode(text):
+    num_bytes = _num_bytes(text)
+    if num_bytes is None:
         raise _BadRowError(f"{named} is not valid UTF-8")
+    if num_bytes > MAX_TEXT_BYTES:
+        raise _BadRowError(f"{named} is longer than {MAX_TEXT_BYTES // 2**20} MiB")
+    if "\0" in text:
+        raise _BadRowError(f"{named} has NUL characters, as binary data does")
     return text
 
 
 def _row_id(row: dict[str, Any], position: int, unit: Unit, spec: EmbedInputSpec) -> Any:
     if spec.id is None:
-        return f"{unit.file.name}#{position}"
+        return unit.file.generated_id(position)
     value = row.get(spec.id)
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and _is_blank(value)):
         raise _BadRowError(f"{spec.id} is {'null' if value is None else 'empty'}")
-    if unit.file.format == "parquet":
-        return value
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise _BadRowError(f"{spec.id} is {_kind(value)}; an id is text or a whole number")
-    if not _is_unicode(str(value)):
+    if _num_bytes(str(value)) is None:
         raise _BadRowError(f"{spec.id} is not valid UTF-8")
-    return str(value)
+    if "\0" in str(value):
+        raise _BadRowError(f"{spec.id} has NUL characters, as binary data does")
+    return value if unit.file.format == "parquet" else str(value)
 
 
 def _pass_through(value: Any, file: InputFile) -> Any:
@@ -197,22 +213,23 @@ def _pass_through(value: Any, file: InputFile) -> Any:
     if file.format == "parquet" or value is None:
         return value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if _is_unicode(text) else text.encode("utf-8", "replace").decode()
+    return text if _num_bytes(text) is not None else text.encode("utf-8", "replace").decode()
 
 
-def _is_unicode(text: str) -> bool:
-    """False for lone surrogates: broken UTF-8, or JSON escapes such as \\ud800."""
+def _is_blank(text: str) -> bool:
+    return not text.strip().strip(_INVISIBLE).strip()
+
+
+def _num_bytes(text: str) -> int | None:
+    """In UTF-8; None for lone surrogates: broken UTF-8, or JSON escapes such as \\ud800."""
     try:
-        text.encode()
+        return len(text.encode())
     except UnicodeEncodeError:
-        return False
-    return True
+        return None
 
 
 def _kind(value: Any) -> str:
-    return {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}.get(
-        type(value), type(value).__name__
-    )
+    return KINDS.get(type(value), type(value).__name__)
 
 
 def _shown(value: Any) -> str:
@@ -220,134 +237,30 @@ def _shown(value: Any) -> str:
     return text[:_RAW_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-def _rows(unit: Unit, spec: EmbedInputSpec) -> Iterator[dict[str, Any] | _BadRowError]:
-    """The unit's rows in order; a row that cannot even be parsed comes as the reason."""
-    if unit.file.format == "parquet":
-        yield from _parquet_rows(unit, spec)
-        return
-    with _open_text(unit.file) as stream:
-        if unit.file.format == "jsonl":
-            stream.seek(unit.offset)
-            for _, line in itertools.islice(_json_lines(stream, unit.offset), unit.num_rows):
-                yield _parse_json(line)
-            return
-        header = next(csv.reader(_decoded(stream)), [])
-        _check_columns(unit.file, spec, header)
-        if unit.offset:
-            stream.seek(unit.offset)
-        for _, values in itertools.islice(_csv_rows(stream, unit.offset), unit.num_rows):
-            if len(values) == len(header):
-                yield dict(zip(header, values))
-            else:
-                yield _BadRowError(f"has {len(values)} fields, the header {len(header)}", values)
+def id_hashes(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A number of 64 bits for each id, from its text: (N,) uint64. Among 10^9 ids two share one by chance in 1 case of 37."""
+    digests = b"".join(hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in ids.to_pylist())
+    return np.frombuffer(digests, np.uint64)
 
 
-def _parquet_rows(unit: Unit, spec: EmbedInputSpec) -> Iterator[dict[str, Any]]:
-    wanted = list(dict.fromkeys([*([spec.id] if spec.id else []), *spec.text, *spec.columns]))
-    with storage.open_read(unit.file.path) as stream:
-        file = pq.ParquetFile(stream)
-        _check_columns(unit.file, spec, file.schema_arrow.names)
-        groups: list[int] = []
-        first_row = end = 0
-        for group in range(file.num_row_groups):
-            begin, end = end, end + file.metadata.row_group(group).num_rows
-            if begin < unit.stop and end > unit.start:
-                first_row = begin if not groups else first_row
-                groups.append(group)
-        if not groups:
-            return
-        position = first_row
-        for batch in file.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=wanted):
-            begin, end = max(unit.start - position, 0), min(unit.stop - position, batch.num_rows)
-            if begin < end:
-                yield from batch.slice(begin, end - begin).to_pylist()
-            position += batch.num_rows
-            if position >= unit.stop:
-                return
-
-
-def _parse_json(line: bytes) -> dict[str, Any] | _BadRowError:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return _BadRowError("is not valid UTF-8", line.decode("utf-8", "replace"))
-    except (ValueError, RecursionError) as error:
-        return _BadRowError(f"is not valid JSON ({error})", line.decode("utf-8", "replace"))
-    return row if isinstance(row, dict) else _BadRowError(f"is {_kind(row)}, not a JSON object", row)
-
-
-def _json_lines(stream: IO[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
-    """Non-blank lines with their byte offsets; `stream` stands at `offset`."""
-    for line in stream:
-        start, offset = offset, offset + len(line)
-        if start == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-        if line.strip():
-            yield start, line
-
-
-def _csv_rows(stream: IO[bytes], offset: int) -> Iterator[tuple[int, list[str]]]:
-    """Records below the header with their byte offsets; `stream` stands at `offset`, where 0 is the header."""
-    position = offset
-
-    def counted() -> Iterator[str]:
-        nonlocal position
-        for line in stream:
-            position += len(line)
-            yield line.decode("utf-8", "surrogateescape")
-
-    if offset == 0:
-        stream.seek(0)
-    records = csv.reader(counted())
-    if offset == 0:
-        next(records, None)
-    while True:
-        start = position
-        values = next(records, None)
-        if values is None:
-            return
-        if values:
-            yield start, values
-
-
-def _decoded(stream: IO[bytes]) -> Iterator[str]:
-    for line in stream:
-        yield line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+def find_duplicates(hashes: Sequence[np.ndarray]) -> np.ndarray:
+    """The numbers that occur more than once over all arrays, sorted, each once. Takes 17 bytes of memory a number."""
+    together = np.concatenate([np.empty(0, np.uint64), *hashes])
+    together.sort()
+    repeated = together[1:][together[1:] == together[:-1]]
+    return np.unique(repeated)
 
 
 @contextlib.contextmanager
-def _open_text(file: InputFile) -> Iterator[IO[bytes]]:
-    """The uncompressed bytes of a file, seekable."""
-    with storage.open_read(file.path) as stream:
-        if not file.compressed:
-            yield stream
-            return
-        with gzip.GzipFile(fileobj=stream, mode="rb") as unpacked:
-            yield unpacked  # type: ignore[misc]  # all of IO[bytes] that is used here
-
-
-def _check_columns(file: InputFile, spec: EmbedInputSpec, present: list[str]) -> None:
-    wanted = {
-        "embed.input.id": [spec.id] if spec.id else [],
-        "embed.input.text": spec.text,
-        "embed.input.columns": spec.columns,
-    }
-    for where, names in wanted.items():
-        for name in names:
-            if name not in present:
-                raise EmbedError(
-                    f"{where} names column {name}, which {file.path} does not have; it has {', '.join(present) or 'none'}"
-                )
-
-
-@contextlib.contextmanager
-def _readable(file: InputFile) -> Iterator[None]:
-    """Turns what a broken file raises (truncated gzip, damaged Parquet, unbalanced CSV quotes) into one error that names it."""
+def readable(file: InputFile) -> Iterator[None]:
+    """Turns what a broken file raises (truncated gzip, damaged Parquet, a quote left open) into one error that names it."""
     try:
         yield
     except FileNotFoundError:
         raise EmbedError(f"{file.path} was there when the corpus was listed and is gone now; run again") from None
-    except (EOFError, OSError, zlib.error, csv.Error, pa.ArrowException, StorageError) as error:
+    except DataError as error:
+        raise EmbedError(str(error)) from error
+    except (*READ_ERRORS, StorageError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EmbedError(
             f"{file.path} cannot be read to its end ({reason}); repair or remove the file, then run again"

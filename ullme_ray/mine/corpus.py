@@ -5,9 +5,7 @@ Costs one reading of the sources and of the corpus, and about 200 bytes of memor
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ullme_ray import storage
@@ -23,9 +20,11 @@ from ullme_ray.errors import DataError
 from ullme_ray.mine.search import Marked
 from ullme_ray.mine.texts import TextStore
 from ullme_ray.pairs import Source
+from ullme_ray.row_files import CODECS, READ_ERRORS, lines, open_unpacked, plain_name
 from ullme_ray.spec.job import CorpusSpec
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_LINES = (".jsonl", ".ndjson", ".json")
+_KINDS = f"{', '.join(_LINES)} (each plain or with {', '.join(CODECS)}) and .parquet"
 
 
 class MiningTexts:
@@ -101,9 +100,9 @@ class Corpus:
         files = storage.list_files(self.path)
         if not files:
             raise DataError(f"mine.corpus.path = {self.path} matches no file; check the path")
-        unknown = [file.path for file in files if not file.path.endswith(SUFFIXES)]
+        unknown = [f.path for f in files if not (plain_name(f.path).endswith(_LINES) or f.path.endswith(".parquet"))]
         if unknown:
-            raise DataError(f"mine.corpus.path: {unknown[0]} is none of {', '.join(SUFFIXES)}; narrow the glob")
+            raise DataError(f"mine.corpus.path: {unknown[0]} is none of {_KINDS}; narrow the glob")
         return files
 
     def passages(self) -> Iterator[str]:
@@ -140,14 +139,15 @@ def _rows(path: str, columns: Sequence[str]) -> Iterator[Any]:
                 for batch in file.iter_batches(columns=present):
                     yield from batch.to_pylist()
                 return
-            with gzip.open(stream) if path.endswith(".gz") else stream as lines:
-                for line in lines:
-                    if line.strip():
-                        try:
-                            yield json.loads(line)
-                        except (ValueError, RecursionError):
-                            yield None
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            for line in lines(open_unpacked(stream, path)):
+                if line.content is None:
+                    yield None
+                elif line.content.strip():
+                    try:
+                        yield json.loads(line.content)
+                    except (ValueError, RecursionError):
+                        yield None
+    except READ_ERRORS as error:
         raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -6,7 +6,6 @@ quote that is never closed) is an error that says how far the file was read. Mem
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterator
@@ -16,33 +15,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ullme_ray.errors import DataError
-from ullme_ray.pairs.rows import LIST_COLUMNS, MAX_TEXT_BYTES, BadRow, is_used, lacks
+from ullme_ray.pairs.rows import LIST_COLUMNS, is_used, lacks
+from ullme_ray.row_files import (
+    CODECS,
+    READ_ERRORS,
+    TOO_LONG,
+    BadRow,
+    csv_records,
+    lines,
+    open_unpacked,
+    plain_name,
+    table_rows,
+)
 
-MAX_ROW_BYTES = 64 * 2**20  # of one line of JSON, or one row of CSV
 MAX_ARRAY_BYTES = 512 * 2**20  # of a JSON array, which is parsed whole
 
 _LINES = (".jsonl", ".ndjson", ".json", ".csv")
 _TABLES = (".parquet", ".arrow")
-_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
-KINDS = f"{', '.join(_LINES)} (each plain or with {', '.join(_CODECS)}), {', '.join(_TABLES)}"
+KINDS = f"{', '.join(_LINES)} (each plain or with {', '.join(CODECS)}), {', '.join(_TABLES)}"
 
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"PAR1": "Parquet",
-    b"ARROW1": "Arrow",
-    b"PK\x03\x04": "zip",
-}
-_MAGIC |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _BATCH_ROWS = 256
-_BUFFER_BYTES = 2**16
 _BLANK = b" \t\r\n\xef\xbb\xbf"  # with the byte order mark of UTF-8
 
 
 def is_known(path: str) -> bool:
     """Whether the file's name tells a kind that can be read."""
-    return _plain_name(path).endswith(_LINES) or path.lower().endswith(_TABLES)
+    return plain_name(path).endswith(_LINES) or path.lower().endswith(_TABLES)
 
 
 def read_rows(local: str, name: str) -> Iterator[tuple[int, Any]]:
@@ -57,45 +55,19 @@ def read_rows(local: str, name: str) -> Iterator[tuple[int, Any]]:
     """
     number = 0
     try:
-        with _open(local, name) as stream:
+        with io.FileIO(local) as file:
+            is_table = name.lower().endswith(_TABLES)
+            stream: io.BufferedReader[Any] = io.BufferedReader(file) if is_table else open_unpacked(file, name)
             for number, row in _reader(name, stream):
                 yield number, row
-    except (OSError, EOFError, ValueError, MemoryError, pa.ArrowException) as error:
+    except READ_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         unit = "row" if name.lower().endswith(_TABLES) else "line"
         raise DataError(f"{name} cannot be read past {unit} {number} ({reason}); repair or remove it") from error
 
 
-def _plain_name(path: str) -> str:
-    name = path.lower()
-    for suffix in _CODECS:
-        name = name.removesuffix(suffix) if name.endswith(suffix) else name
-    return name
-
-
-def _open(local: str, name: str) -> io.BufferedReader:
-    """A stream of the file's decompressed bytes.
-
-    Raises:
-        DataError: the content is of another kind than the name says.
-    """
-    codec = next((codec for suffix, codec in _CODECS.items() if name.lower().endswith(suffix)), None)
-    stream: io.BufferedReader[Any] = io.BufferedReader(io.FileIO(local), _BUFFER_BYTES)
-    if name.lower().endswith(_TABLES):
-        return stream
-    if codec is not None:
-        if not stream.peek(1):
-            raise DataError(f"{name} is empty, which no {codec} file is; was it written to its end?")
-        stream = io.BufferedReader(pa.CompressedInputStream(stream, codec), _BUFFER_BYTES)
-    start = stream.peek(8)
-    for magic, kind in _MAGIC.items():
-        if start.startswith(magic):
-            raise DataError(f"{name} holds {kind} data, which its name does not say; rename or convert it (text must be UTF-8)")
-    return stream
-
-
 def _reader(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
-    kind = "." + _plain_name(name).rpartition(".")[2]
+    kind = "." + plain_name(name).rpartition(".")[2]
     if kind == ".parquet":
         return _parquet(stream, name)
     if kind == ".arrow":
@@ -111,25 +83,12 @@ def _first_byte(stream: io.BufferedReader) -> bytes:
     return stream.peek(64).lstrip(_BLANK)[:1]
 
 
-def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | None, bytes]]:
-    """(number, line, its start); a line that is too long to hold is None."""
-    number = 0
-    while line := stream.readline(MAX_ROW_BYTES):
-        number += 1
-        rest, too_long = line, False
-        while len(rest) == MAX_ROW_BYTES and not rest.endswith(b"\n"):
-            rest, too_long = stream.readline(MAX_ROW_BYTES), True
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        yield number, None if too_long else line, line[:1000]
-
-
 def _json_lines(stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
-    for number, line, start in _lines(stream):
-        if line is None:
-            yield number, BadRow(f"is a line of {MAX_ROW_BYTES // 2**20} MiB or more", _shown(start))
-        elif line.strip():
-            yield number, _json(line)
+    for line in lines(stream):
+        if line.content is None:
+            yield line.number, BadRow(TOO_LONG, _shown(line.start))
+        elif line.content.strip():
+            yield line.number, _json(line.content)
 
 
 def _json(line: bytes) -> Any:
@@ -168,43 +127,15 @@ def _json_array(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, Any
 
 
 def _csv(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, Any]]:
-    """Quotes are checked strictly; bytes that are not UTF-8 become half surrogates, which name the row to blame."""
-    csv.field_size_limit(max(csv.field_size_limit(), 4 * MAX_TEXT_BYTES))
-    last_line, row_bytes = 0, 0
-
-    def text() -> Iterator[str]:
-        nonlocal last_line, row_bytes
-        for number, line, start in _lines(stream):
-            row_bytes += len(start if line is None else line)
-            if line is None or row_bytes > MAX_ROW_BYTES:
-                raise DataError(
-                    f"{name}: the row that ends in line {number} has more than {MAX_ROW_BYTES // 2**20} MiB; is a quote open?"
-                )
-            last_line = number
-            yield line.decode(errors="surrogateescape")
-
-    rows = csv.reader(text(), strict=True)
     header: list[str] | None = None
-    while True:
-        row_bytes, first_line = 0, last_line + 1
-        try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "unexpected end of data" in str(error):
-                raise DataError(f"{name}: line {first_line} opens a quote that is never closed; repair it") from error
-            if header is None:
-                raise DataError(f"{name}: line {first_line} is no CSV header ({error}); repair it") from error
-            yield first_line, BadRow("is not CSV", str(error))
-            continue
-        if not cells:
-            continue
+    for record in csv_records(stream, name):
         if header is None:
-            header = cells
+            if isinstance(record.cells, BadRow):
+                raise DataError(f"{name}: line {record.line} is no CSV header ({record.cells.start}); repair it")
+            header = record.cells
             _check_columns(header, name)
-            continue
-        yield first_line, _csv_row(header, cells)
+        else:
+            yield record.line, record.cells if isinstance(record.cells, BadRow) else _csv_row(header, record.cells)
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Any:
@@ -238,7 +169,7 @@ def _parquet(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, Any]]:
     columns = _check_columns(file.schema_arrow.names, name)
     number = 0
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-        for row in _table_rows(batch):
+        for row in table_rows(batch):
             number += 1
             yield number, row
     if number != file.metadata.num_rows:
@@ -263,7 +194,7 @@ def _arrow(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, Any]]:
         schema, batches = reader.schema, iter(reader)
     columns = _check_columns(schema.names, name)
     for batch in batches:
-        for row in _table_rows(batch.select(columns)):
+        for row in table_rows(batch.select(columns)):
             number += 1
             yield number, row
 
@@ -282,27 +213,3 @@ def _check_columns(columns: list[str], name: str) -> list[str]:
     if missing is not None:
         raise DataError(f"{name} has no column {missing}; its columns are {', '.join(columns)[:300]}")
     return used
-
-
-def _table_rows(batch: pa.RecordBatch) -> Iterator[Any]:
-    """Checked first: Arrow believes a damaged file's offsets, and reads outside its memory."""
-    for start in range(0, batch.num_rows, _BATCH_ROWS):
-        part = batch.slice(start, _BATCH_ROWS)
-        try:
-            part.validate(full=True)
-            rows = part.to_pylist()
-        except (pa.ArrowInvalid, UnicodeDecodeError):  # somewhere in these rows
-            rows = [_table_row(part.slice(i, 1)) for i in range(part.num_rows)]
-        yield from rows
-
-
-def _table_row(row: pa.RecordBatch) -> Any:
-    try:
-        row.validate(full=True)
-        return row.to_pylist()[0]
-    except UnicodeDecodeError:
-        return BadRow("is not UTF-8")
-    except pa.ArrowInvalid as error:
-        if "UTF8" in str(error):
-            return BadRow("is not UTF-8")
-        raise

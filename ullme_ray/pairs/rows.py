@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ullme_ray.row_files import BadRow
+
 MAX_TEXT_BYTES = 2**20  # of one text in UTF-8: hundreds of times what a model reads
 
 TOO_FEW_NEGATIVES = "has fewer hard negatives than train.negatives_per_query, and other rows' passages may not fill up"
@@ -28,14 +30,6 @@ class Pair:
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
     scores: tuple[float, ...] | None = None  # a teacher's, of positives + negatives
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """In place of a row that a reader could not make out."""
-
-    reason: str
-    start: str = ""
 
 
 class _RejectedError(Exception):

@@ -28,7 +28,8 @@ import pyarrow.compute as pc
 from ullme_ray import storage
 from ullme_ray.errors import DataError, StorageError
 from ullme_ray.pairs.readers import read_rows
-from ullme_ray.pairs.rows import NO_SCORES, TOO_FEW_NEGATIVES, BadRow, Pair, parse_row
+from ullme_ray.pairs.rows import NO_SCORES, TOO_FEW_NEGATIVES, Pair, parse_row
+from ullme_ray.row_files import BadRow
 
 _VERSION = 1  # raise it when the same files would give other rows
 _BATCH_ROWS = 1024

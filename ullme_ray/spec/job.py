@@ -188,8 +188,14 @@ class ChunksSpec(Section):
 
 
 class EmbedInputSpec(Section):
-    path: str = Field(min_length=1, description="File, folder or glob of JSONL (.gz allowed), CSV or Parquet rows.")
-    id: str | None = Field(None, description="Column with a unique id; absent means file and row number.")
+    path: str = Field(
+        min_length=1,
+        description="File, folder or glob of JSONL or CSV (each plain or .gz, .zst, .bz2, .lz4) or Parquet rows; a folder of "
+        ".txt and .md files, each one document; or the folder of a Delta table.",
+    )
+    id: str | None = Field(
+        None, description="Column with a unique id, text or whole numbers; absent means file and row number, or a text's file."
+    )
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         ("text",), description="Columns joined with a newline to make the text."
     )
@@ -261,7 +267,9 @@ class EncoderSpec(Section):
 
 
 class CorpusSpec(Section):
-    path: str = Field(min_length=1, description="File, folder or glob of JSONL (.gz allowed) or Parquet rows.")
+    path: str = Field(
+        min_length=1, description="File, folder or glob of JSONL (plain or .gz, .zst, .bz2, .lz4) or Parquet rows."
+    )
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         ("text",), description="Columns joined with a newline to make a passage."
     )
