@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
@@ -15,8 +16,12 @@ import numpy as np
 from ullme_ray.errors import UllmeError
 from ullme_ray.spec import JobSpec, RunFolder
 
+if TYPE_CHECKING:
+    from ullme_ray.vectors import VectorFormat
+
 NUM_TEXTS = 32
 MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
+MIN_COSINE_STORED = {"float32": 1.0, "int8": 0.999, "uint8": 0.999, "binary": 0.9, "ubinary": 0.9}  # last bits may turn a step
 REQUEST_TIMEOUT_S = 120.0
 
 
@@ -38,15 +43,18 @@ def check_parity(job: JobSpec, url: str) -> Parity:
     Raises:
         UllmeError: two places differ by more than rounding.
     """
-    texts, table = _texts_and_table_vectors(job)
-    vectors = {"table": table, "served": _served(job, url, texts)}
+    texts, table, form = _texts_and_table_vectors(job)
+    vectors = {"served": _served(job, url, texts)}
     if job.train:
         vectors["export"] = _exported(job, texts)
-    found = Parity(
-        len(texts), {(a, b): min_cosine(vectors[a], vectors[b]) for a, b in itertools.combinations(sorted(vectors), 2)}
-    )
-    limit = MIN_COSINE[job.model.dtype]
+    cosines = {("export", "served"): min_cosine(vectors["export"], vectors["served"])} if job.train else {}
+    for name, whole in vectors.items():  # as the table would store them, for it may hold less than the whole
+        cosines[name, "table"] = min_cosine(form.decode(form.encode(whole)), table)
+    found = Parity(len(texts), cosines)
     for (a, b), cosine in found.min_cosines.items():
+        limit = MIN_COSINE[job.model.dtype]
+        if b == "table":
+            limit = min(limit, MIN_COSINE_STORED[form.dtype])
         if not cosine >= limit:  # a NaN must fail too
             raise UllmeError(
                 f"{a} and {b} vectors of the same passage differ: cosine {cosine:.6f}, at least {limit} is needed for"
@@ -61,20 +69,20 @@ def min_cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
 
 
-def _texts_and_table_vectors(job: JobSpec) -> tuple[list[str], np.ndarray]:
-    """The first good texts of the corpus, and what the table holds for them, found by content hash."""
+def _texts_and_table_vectors(job: JobSpec) -> tuple[list[str], np.ndarray, VectorFormat]:
+    """The first good texts of the corpus, what the table holds for them, found by content hash, and how it stores vectors."""
     import pyarrow.dataset as ds
 
     from ullme_ray.table import open_table
+    from ullme_ray.vectors import format_of_table
 
     assert job.embed is not None
     wanted = min(NUM_TEXTS, job.serve.max_inputs) if job.serve else NUM_TEXTS
     text_of = dict(itertools.islice(_corpus(job), wanted))
     path = RunFolder.of(job).resolve(job.embed.output.path)
-    rows = (
-        open_table(path)
-        .to_pyarrow_dataset()
-        .to_table(columns=["content_hash", "embedding"], filter=ds.field("content_hash").isin(list(text_of)))
+    table = open_table(path)
+    rows = table.to_pyarrow_dataset().to_table(
+        columns=["content_hash", "embedding"], filter=ds.field("content_hash").isin(list(text_of))
     )
     vector_of = dict(zip(rows["content_hash"].to_pylist(), rows["embedding"].to_pylist()))
     missing = text_of.keys() - vector_of.keys()
@@ -83,7 +91,9 @@ def _texts_and_table_vectors(job: JobSpec) -> tuple[list[str], np.ndarray]:
             f"the table {path} lacks {len(missing)} of the first {len(text_of)} passages of embed.input.path;"
             " run `ullme-ray embed` on this job again"
         )
-    return list(text_of.values()), np.asarray([vector_of[key] for key in text_of], dtype=np.float32)  # (N, D)
+    form = format_of_table(table)
+    stored = np.asarray([vector_of[key] for key in text_of], dtype=form.stored_type)
+    return list(text_of.values()), form.decode(stored), form  # (N, D)
 
 
 def _corpus(job: JobSpec) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from deltalake import DeltaTable
 
 from ullme_ray import storage
 from ullme_ray.errors import EmbedError
@@ -162,6 +163,12 @@ def format_of(metadata: Mapping[bytes, bytes] | None) -> VectorFormat:
     if noted is None:
         return VectorFormat()
     return VectorFormat(noted["dtype"], noted["dims"], noted["mantissa_bits"], base64.b64decode(noted["ranges"] or ""))
+
+
+def format_of_table(table: DeltaTable) -> VectorFormat:
+    """How a table stores vectors, by its first part: those of one version are all alike. Costs reading a footer."""
+    first = next(iter(table.to_pyarrow_dataset().get_fragments()), None)
+    return VectorFormat() if first is None else format_of(first.physical_schema.metadata)
 
 
 def find_ranges(folder: str, fingerprint: str, wanted: VectorFormat) -> VectorFormat | None:
