@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from itertools import pairwise
@@ -50,8 +51,8 @@ def write_table(
             id_name: columns[id_name],
             "chunk": pa.array(np.zeros(len(vectors), np.int32)),
             "embedding": form.to_arrow(stored),
-            "content_hash": [f"{row:064x}" for row in range(len(vectors))],
-            "num_tokens": pa.array(np.arange(len(vectors), dtype=np.int32) + 3),
+            "content_hash": [hashlib.sha256(str(i).encode()).hexdigest() for i in columns[id_name]],
+            "num_tokens": pa.array([len(str(i)) for i in columns[id_name]], pa.int32()),
             "truncated": [False] * len(vectors),
             **{name: columns[name] for name in others},
         }

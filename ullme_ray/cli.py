@@ -178,6 +178,26 @@ def search(
             print(describe_hits(question, hits))
 
 
+@app.command()
+def export(
+    path: JobFile,
+    to: Annotated[str, typer.Option("--to", help="The store: lance, faiss, qdrant or pgvector.")],
+    target: Annotated[str, typer.Option("--target", help="Folder, http://HOST:6333/COLLECTION, or table.")],
+    overrides: Overrides = None,
+    secret: Annotated[
+        str | None, typer.Option("--secret", help="API key or connection string, as env:NAME or file:PATH.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the embeddings table into a vector store; what the store has already is not written again."""
+    with _exit_codes(as_json=as_json):
+        job = _open_job(path, overrides)
+        from ullme_ray.vector_stores import run_export
+
+        report = run_export(job, to, target, secret)
+        _print_result(report, report.to_text(), as_json)
+
+
 @contextlib.contextmanager
 def _stage(stage: str, path: Path, overrides: list[str] | None, as_json: bool, verbose: bool) -> Iterator[JobSpec]:
     """What the commands of single stages share: the job, its checks before long work, and Ray."""

@@ -63,6 +63,10 @@ class EmbedError(UllmeError):
     """An embedding run that cannot be completed or committed."""
 
 
+class ExportError(UllmeError):
+    """A vector store that cannot take the table."""
+
+
 class MineError(UllmeError):
     """Mining of hard negatives that cannot be completed."""
 

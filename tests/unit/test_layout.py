@@ -18,7 +18,7 @@ LAYERS = [
     {"errors"},
     {"spec", "storage"},
     {"losses", "pairs", "model", "retrieval", "sample_data", "progress", "table", "row_files", "vectors", "ray_data"},
-    STAGES,
+    STAGES | {"vector_stores"},
     {"runtime", "plan", "parity", "run"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,71 @@
+"""A Lance dataset, which LanceDB opens as a table: one write in overwrite mode, so readers see the old version or the new.
+
+Vectors go in as the table stores them (FixedSizeList of float, int8 or uint8), the mark into the schema's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from ullme_ray import storage
+from ullme_ray.errors import ExportError
+from ullme_ray.spec.secrets import SecretRef
+from ullme_ray.table import PROVENANCE_KEY, delta_options
+from ullme_ray.vector_stores.snapshot import Mark, Snapshot, Stored, load_client
+
+_MARK = b"ullme_ray_export"
+
+
+def export(snapshot: Snapshot, target: str, secret: SecretRef | None) -> Stored:
+    lance = load_client("lance", "pylance")
+    if secret is not None:
+        raise ExportError("--secret is not used by lance: a local folder needs none, and s3:// reads the AWS_* variables")
+    target = target if storage.is_remote(target) else os.path.abspath(target)
+    options = {name.lower(): value for name, value in delta_options(target).items()}
+    known = _open(lance, target, options)
+    if known is not None:
+        mark = Mark.parse((known.schema.metadata or {}).get(_MARK))
+        if mark is None or mark.job != snapshot.mark.job:
+            raise ExportError(f"{target} holds a dataset that this job did not write; choose another --target")
+        if mark == snapshot.mark:
+            return Stored(known.count_rows(), written=False)
+    schema = _schema(snapshot)
+    try:
+        written = lance.write_dataset(
+            pa.RecordBatchReader.from_batches(schema, _batches(snapshot, schema)),
+            target,
+            mode="create" if known is None else "overwrite",
+            storage_options=options or None,
+        )
+    except OSError as error:
+        raise ExportError(f"cannot write the Lance dataset {target} ({str(error).splitlines()[0]})") from error
+    return Stored(written.count_rows())
+
+
+def _open(lance: Any, target: str, options: dict[str, str]) -> Any:
+    """The dataset at `target`, None where there is nothing at all."""
+    if not storage.list_files(target):
+        return None
+    try:
+        return lance.dataset(target, storage_options=options or None)
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"{target} holds files that are no Lance dataset ({reason}); choose another --target") from error
+
+
+def _schema(snapshot: Snapshot) -> pa.Schema:
+    width = snapshot.dims // 8 if snapshot.form.is_packed else snapshot.dims
+    vectors = pa.field("embedding", pa.list_(pa.from_numpy_dtype(snapshot.form.stored_type), width))
+    noted = json.dumps({"fingerprint": snapshot.fingerprint, "vectors": snapshot.form.provenance(width)})
+    return snapshot.columns.append(vectors).with_metadata({_MARK: snapshot.mark.dump(), PROVENANCE_KEY: noted})
+
+
+def _batches(snapshot: Snapshot, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for batch in snapshot.batches():
+        vectors = snapshot.form.to_arrow(batch.stored).cast(schema.field("embedding").type)
+        yield pa.RecordBatch.from_arrays([*batch.columns.columns, vectors], schema=schema)
