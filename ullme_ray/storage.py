@@ -22,6 +22,7 @@ from typing import IO, Any
 from ullme_ray.errors import StorageError
 
 _COPY_BYTES = 2**22
+_AHEAD_BYTES = 2**23  # fetched beyond what is read; the client's own 50 MB would cost a reader of a part most of the rest
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def read_text(path: str) -> str:
 def open_read(path: str) -> Iterator[IO[bytes]]:
     """A seekable binary stream."""
     with _explained("read", path):
-        stream = filesystem(path).open(path, "rb") if is_remote(path) else Path(path).open("rb")  # noqa: SIM115
+        remote = filesystem(path) if is_remote(path) else None
+        stream = remote.open(path, "rb", block_size=_AHEAD_BYTES) if remote else Path(path).open("rb")  # noqa: SIM115
     with stream:
         yield stream
 
