@@ -1,10 +1,12 @@
-"""Fixtures shared by all tests: a tiny real decoder, made on the spot."""
+"""Fixtures shared by all tests: a tiny real decoder, made on the spot, and a real S3 server (SeaweedFS), started once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import S3Server
 
 WORDS = "the a bucket object policy access makes private public list deletes creates key table query returns value request"
 
@@ -24,3 +26,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
         folder=str(folder),
     )
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """On loopback; this process's AWS_* variables point at it as long as it runs."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        server.start()
+        try:
+            server.wait_until_ready()
+            yield server
+        finally:
+            server.kill()
