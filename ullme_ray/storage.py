@@ -2,6 +2,10 @@
 
 Paths are absolute local paths or `s3://bucket/key`. S3 is reached through s3fs with the usual AWS_* environment
 (AWS_ENDPOINT_URL for other stores); no credentials pass through here.
+
+A request that fails for a reason that may pass (500, 503, a connection that is refused, reset or silent) is tried again for
+about half a minute, long enough for a store to restart. Uploads have a deadline of their own, since no other timeout bounds the
+sending of a body to a store that stopped reading.
 """
 
 from __future__ import annotations
@@ -11,18 +15,28 @@ import glob
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from ullme_ray.errors import StorageError
 
 _COPY_BYTES = 2**22
 _AHEAD_BYTES = 2**23  # fetched beyond what is read; the client's own 50 MB would cost a reader of a part most of the rest
+_CONNECT_TIMEOUT_S = 10
+_READ_TIMEOUT_S = 30  # for the first byte of an answer, and between two of its parts
+_REQUEST_ATTEMPTS = 7  # botocore waits up to 1, 2, 4, 8, 16, 20 s between them, half of that on average
+_CALL_ATTEMPTS = 4  # s3fs's own, also of answers that break off; each of _REQUEST_ATTEMPTS
+_UPLOAD_ATTEMPTS = 2
+_UPLOAD_FLOOR_S = 120.0  # an upload's deadline: this, for retries after an outage, and its bytes at the slowest rate
+_SLOWEST_UPLOAD_BYTES_PER_S = 2**20
 
 
 @dataclass(frozen=True)
@@ -49,11 +63,17 @@ def _remote(scheme: str, environment: tuple[tuple[str, str], ...]) -> Any:
         raise StorageError(f"scheme {scheme}:// is not supported; use a local path or s3://")
     import s3fs
 
-    return s3fs.S3FileSystem(
+    store = s3fs.S3FileSystem(
         use_listings_cache=False,
         skip_instance_cache=True,
-        config_kwargs={"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}},
+        config_kwargs={
+            "connect_timeout": _CONNECT_TIMEOUT_S,
+            "read_timeout": _READ_TIMEOUT_S,
+            "retries": {"max_attempts": _REQUEST_ATTEMPTS, "mode": "standard"},
+        },
     )
+    store.retries = _CALL_ATTEMPTS
+    return store
 
 
 def filesystem(path: str) -> Any:
@@ -63,7 +83,7 @@ def filesystem(path: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(action: str, path: str) -> Iterator[None]:
+def explained(action: str, path: str) -> Iterator[None]:
     """Turns the many errors of object stores into one that names the path. A missing file stays FileNotFoundError."""
     try:
         yield
@@ -81,13 +101,13 @@ def _explained(action: str, path: str) -> Iterator[None]:
 def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
-    with _explained("look up", path):
+    with explained("look up", path):
         return bool(filesystem(path).exists(path))
 
 
 def read_bytes(path: str) -> bytes:
     """Raises FileNotFoundError for a missing file, StorageError for any other fault."""
-    with _explained("read", path):
+    with explained("read", path):
         if not is_remote(path):
             return Path(path).read_bytes()
         return bytes(filesystem(path).cat_file(path))
@@ -99,19 +119,29 @@ def read_text(path: str) -> str:
 
 @contextlib.contextmanager
 def open_read(path: str) -> Iterator[IO[bytes]]:
-    """A seekable binary stream."""
-    with _explained("read", path):
+    """A seekable binary stream. What goes wrong inside the `with` block comes out as it is, but for the store's own errors."""
+    with explained("read", path):
         remote = filesystem(path) if is_remote(path) else None
         stream = remote.open(path, "rb", block_size=_AHEAD_BYTES) if remote else Path(path).open("rb")  # noqa: SIM115
     with stream:
-        yield stream
+        if remote is None:
+            yield stream
+            return
+        from aiohttp import ClientError
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            yield stream
+        except (BotoCoreError, ClientError) as error:  # neither is an OSError
+            with explained("read", path):
+                raise error
 
 
 def write_bytes(path: str, data: bytes) -> None:
     """Publishes `data` at `path` in one operation: readers see the old content or the new, never a part."""
-    with _explained("write", path):
+    with explained("write", path):
         if is_remote(path):
-            filesystem(path).pipe_file(path, data)
+            _upload(path, len(data), lambda deadline_s: filesystem(path).pipe_file(path, data, timeout=deadline_s))
             return
         with _new_local_file(path) as stream:
             stream.write(data)
@@ -123,12 +153,30 @@ def write_text(path: str, text: str) -> None:
 
 def put_file(local: str | Path, path: str) -> None:
     """Publishes a local file at `path` in one operation (a multipart upload shows nothing until it is complete)."""
-    with _explained("write", path):
+    with explained("write", path):
         if is_remote(path):
-            filesystem(path).put_file(str(local), path)
+            num_bytes = os.path.getsize(local)
+            _upload(path, num_bytes, lambda deadline_s: filesystem(path).put_file(str(local), path, timeout=deadline_s))
             return
         with open(local, "rb") as source, _new_local_file(path) as stream:
             shutil.copyfileobj(source, stream, _COPY_BYTES)
+
+
+def _upload(path: str, num_bytes: int, put: Callable[[float], Any]) -> None:
+    """Runs an upload under a deadline, once more on a new connection when it passes.
+
+    A multipart upload that is given up stays in the store, unseen, until `store_probes.abort_stale_uploads`.
+    """
+    from fsspec.exceptions import FSTimeoutError
+
+    deadline_s = _UPLOAD_FLOOR_S + num_bytes / _SLOWEST_UPLOAD_BYTES_PER_S
+    for _ in range(_UPLOAD_ATTEMPTS):
+        try:
+            put(deadline_s)
+            return
+        except FSTimeoutError:
+            continue
+    raise TimeoutError(f"the store did not take {num_bytes:,} bytes in {_UPLOAD_ATTEMPTS} attempts of {deadline_s:.0f} s")
 
 
 @contextlib.contextmanager
@@ -173,7 +221,7 @@ def list_files(pattern: str) -> list[FileInfo]:
     Raises:
         StorageError: the store cannot be listed. An empty list is no error here.
     """
-    with _explained("list", pattern):
+    with explained("list", pattern):
         if not is_remote(pattern):
             # A name that exists is that name, whatever characters it has; only then may `[`, `*`, `?` mean more.
             names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
@@ -211,7 +259,7 @@ def _remote_info(pattern: str, detail: dict[str, Any]) -> FileInfo:
 
 def remove(path: str) -> None:
     """Removes a file, or a folder with all below it; a missing one is no error."""
-    with _explained("remove", path):
+    with explained("remove", path):
         if not is_remote(path):
             while os.path.lexists(path):
                 with contextlib.suppress(FileNotFoundError):  # another process may be removing the same
@@ -236,7 +284,7 @@ def get_file(file: FileInfo, local: str | Path) -> None:
         StorageError: it cannot be read, or is no longer as it was listed.
     """
     try:
-        with _explained("read", file.path):
+        with explained("read", file.path):
             filesystem(file.path).get_file(file.path, str(local))
     except FileNotFoundError as error:
         raise StorageError(f"{file.path} vanished since it was listed; run again") from error
@@ -263,7 +311,7 @@ def fetch_folder(path: str) -> str:
         return str(target)
     partial = tempfile.mkdtemp(dir=target.parent, prefix=".partial-")
     prefix = path.rstrip("/") + "/"
-    with _explained("fetch", path):
+    with explained("fetch", path):
         for file in files:
             local = Path(partial) / file.path.removeprefix(prefix)
             local.parent.mkdir(parents=True, exist_ok=True)
@@ -282,8 +330,20 @@ def check_writable(folder: str) -> None:
         StorageError: with the reason.
     """
     probe = join(folder, f"write-check-{os.getpid()}.tmp")
+    if folder.startswith("s3://"):
+        _knock(folder)
     try:
         write_bytes(probe, b"ok")
     except FileNotFoundError as error:  # a bucket, or a parent that nothing can be made in, such as /proc
         raise StorageError(f"cannot write below {folder} ({error}); check that the folder or bucket can exist") from error
     remove(probe)
+
+
+def _knock(path: str) -> None:
+    """Opens the port of AWS_ENDPOINT_URL once, for a mistyped address is tried for minutes, as a store that restarts is."""
+    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    through_proxy = getproxies().get(endpoint.scheme) and not proxy_bypass(endpoint.hostname or "")
+    if endpoint.hostname and not through_proxy:
+        with explained("reach the store of", path):
+            port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+            socket.create_connection((endpoint.hostname, port), timeout=_CONNECT_TIMEOUT_S).close()

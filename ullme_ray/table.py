@@ -20,6 +20,8 @@ Never read the folder itself: it also holds parts that are not in the table, or 
 from __future__ import annotations
 
 import os
+import re
+import time
 
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
@@ -27,6 +29,10 @@ from deltalake.exceptions import TableNotFoundError
 from ullme_ray.errors import StorageError
 from ullme_ray.spec.job import EmbedInputSpec
 
+# deltalake gives a store about 3 s by itself; these are as long as `storage` takes for one that restarts.
+_RETRIES = {"max_retries": "1000", "retry_timeout": "40s", "backoff_config.max_backoff": "2s"}
+_BROKEN_ANSWER = ("request or response body error", "error reading a body", "error decoding response body")
+_READ_ATTEMPTS = 8
 PROVENANCE_KEY = b"ullme_ray"  # of a part's schema metadata: JSON that names job, model fingerprint, input file and software
 
 
@@ -49,21 +55,30 @@ def open_table(path: str) -> DeltaTable:
 
 def find_table(path: str) -> DeltaTable | None:
     """As `open_table`, but None where there is no table."""
-    try:
-        return DeltaTable(path, storage_options=delta_options(path))
-    except TableNotFoundError:
-        return None
-    except Exception as error:  # deltalake raises DeltaError, OSError and others for a store that does not answer
-        raise StorageError(
-            f"cannot read the table {path} ({_first_line(error)}); check its address and the credentials"
-        ) from error
+    for attempt in range(1, _READ_ATTEMPTS + 1):
+        try:
+            return DeltaTable(path, storage_options=delta_options(path))
+        except TableNotFoundError:
+            return None
+        except Exception as error:  # deltalake raises DeltaError, OSError and others for a store that does not answer
+            if attempt == _READ_ATTEMPTS or not answer_broke_off(error):
+                raise StorageError(
+                    f"cannot read the table {path} ({reason_of(error)}); check its address and the credentials"
+                ) from error
+            time.sleep(min(0.2 * 2**attempt, 4.0))
+    raise AssertionError
+
+
+def answer_broke_off(error: Exception) -> bool:
+    """Whether a store's answer ended in its middle, the one passing fault that deltalake does not try again by itself."""
+    return any(mark in str(error) for mark in _BROKEN_ANSWER)
 
 
 def delta_options(path: str) -> dict[str, str]:
     """Options for deltalake, which reads the AWS_* variables itself but wants plain http and a region spelled out."""
     if not path.startswith("s3://"):
         return {}
-    options = {}
+    options = dict(_RETRIES)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         options["AWS_ENDPOINT_URL"] = endpoint
@@ -73,5 +88,7 @@ def delta_options(path: str) -> dict[str, str]:
     return options
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+def reason_of(error: Exception) -> str:
+    """In one line: deltalake says what happened first, and why in coloured lines below it."""
+    lines = [re.sub(r"\x1b\[\d*m|↳", "", line).strip() for line in str(error).splitlines()]
+    return f"{type(error).__name__}: {': '.join(line for line in lines if line)}"[:400]

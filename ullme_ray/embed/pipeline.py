@@ -7,6 +7,7 @@ listing of the corpus and the table's log. Rows of a changed file are not compar
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -36,7 +37,10 @@ from ullme_ray.progress import Progress
 from ullme_ray.ray_data import explained
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
+from ullme_ray.store_probes import keeps_exclusive_puts
 from ullme_ray.table import find_table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def preflight(job: JobSpec) -> None:
         column_types(list_input(job)[0], embed.input)
     table = folder.resolve(embed.output.path)
     storage.check_writable(table)
+    if not keeps_exclusive_puts(table):
+        logger.warning("the store of %s ignores If-None-Match: let only one run at a time write this table", table)
     check_owner(find_table(table), job.name)
 
 
