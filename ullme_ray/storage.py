@@ -132,7 +132,9 @@ def open_read(path: str) -> Iterator[IO[bytes]]:
 
         try:
             yield stream
-        except (BotoCoreError, ClientError) as error:  # neither is an OSError
+        except (BotoCoreError, ClientError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is None:
+                raise  # of one who makes sense of the bytes; those of a store have a number
             with explained("read", path):
                 raise error
 

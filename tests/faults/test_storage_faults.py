@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
-from proxy import Proxy, Spoil
+from proxy import Fate, Proxy, Spoil
 from s3_server import S3Server
 
 from ullme_ray import storage, table
@@ -73,12 +73,19 @@ def test_a_download_that_breaks_off_is_read_again_or_named(proxy: Proxy, monkeyp
     assert any(request.fate == "cut" for request in proxy.log)
     hurried(monkeypatch)
     proxy.spoil(None)
-    with storage.open_read(path) as stream:
-        assert stream.read(10) == DATA[:10]
-        proxy.spoil(Spoil(("cut",)))
-        with pytest.raises(StorageError, match="cannot read s3://spoiled/download"), storage.open_read(path) as inner:
-            inner.read()
-    proxy.spoil(None)
+
+    def read_until_spoiled(fate: Fate) -> None:
+        with storage.open_read(path) as stream:
+            assert stream.read(10) == DATA[:10]
+            proxy.spoil(Spoil((fate,)))
+            stream.seek(12 * 2**20)
+            stream.read()
+
+    fates: tuple[Fate, ...] = ("cut", "error")
+    for fate in fates:
+        with pytest.raises(StorageError, match="cannot read s3://spoiled/download"):
+            read_until_spoiled(fate)
+        proxy.spoil(None)
 
 
 def test_an_error_of_the_caller_passes_a_remote_stream_as_it_is(proxy: Proxy) -> None:

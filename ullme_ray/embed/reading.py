@@ -19,7 +19,7 @@ from ullme_ray.embed.formats import FORMATS
 from ullme_ray.embed.formats.columns import check_columns
 from ullme_ray.embed.formats.json_lines import KINDS
 from ullme_ray.embed.units import InputFile, Unit
-from ullme_ray.errors import DataError, EmbedError, StorageError
+from ullme_ray.errors import DataError, EmbedError
 from ullme_ray.row_files import READ_ERRORS, BadRow
 from ullme_ray.spec.job import EmbedInputSpec
 from ullme_ray.table import id_column
@@ -253,14 +253,17 @@ def find_duplicates(hashes: Sequence[np.ndarray]) -> np.ndarray:
 
 @contextlib.contextmanager
 def readable(file: InputFile) -> Iterator[None]:
-    """Turns what a broken file raises (truncated gzip, damaged Parquet, a quote left open) into one error that names it."""
+    """Turns what a broken file raises (truncated gzip, damaged Parquet, a quote left open) into one error that names it.
+
+    A store that does not answer is another matter: nothing need be repaired then, and StorageError says so.
+    """
     try:
         yield
     except FileNotFoundError:
         raise EmbedError(f"{file.path} was there when the corpus was listed and is gone now; run again") from None
     except DataError as error:
         raise EmbedError(str(error)) from error
-    except (*READ_ERRORS, StorageError) as error:
+    except READ_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EmbedError(
             f"{file.path} cannot be read to its end ({reason}); repair or remove the file, then run again"
