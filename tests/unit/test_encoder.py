@@ -16,6 +16,7 @@ import torch
 from ullme_ray.errors import ModelError
 from ullme_ray.model import Encoder, encoder_fingerprint, open_encoder
 from ullme_ray.model.backbone import check_base, load_causal_lm
+from ullme_ray.model.budget import token_budget_batches
 from ullme_ray.model.encode import TokenBatch, encode_batch, pad_batch
 from ullme_ray.model.encoder import (
     EncoderSettings,
@@ -23,7 +24,6 @@ from ullme_ray.model.encoder import (
     load_encoder,
     probe_cosine,
     probe_floor,
-    token_budget_batches,
 )
 from ullme_ray.model.export import export_encoder
 from ullme_ray.model.pooling import pool, pooling_mask

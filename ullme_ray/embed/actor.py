@@ -25,7 +25,7 @@ from ullme_ray.ray_data import Attempts
 from ullme_ray.spec.job import JobSpec
 
 if TYPE_CHECKING:
-    from ullme_ray.model import Encoder, TextTokenizer
+    from ullme_ray.model import Encoder, TextTokenizer, TokenBudget
 
 Row = dict[str, Any]
 
@@ -138,9 +138,9 @@ class EmbedActor:
         try:
             with attempts.at(f"load in {ray.get_runtime_context().get_actor_id()}", shown="loading the model"):
                 self._encoder = _open_encoder(context)
+                self._budget = _budget(context, self._encoder)
         except UllmeError as error:
             self._encoder = error  # goes out with the first unit; Ray would start the actor again and again
-        self._tokens_per_batch = embed_section(context.job).tokens_per_batch
 
     def __call__(self, row: Row) -> Row:
         return _advance(row, self._attempt)
@@ -156,7 +156,7 @@ class EmbedActor:
 
         input_ids = [ids.tolist() for ids in np.split(work.ids, np.cumsum(work.lengths)[:-1])] if len(work.lengths) else []
         tokens = Tokens(input_ids, work.prompt_length, work.truncated)
-        vectors = self._encoder.embed_tokens(tokens, tokens_per_batch=self._tokens_per_batch)  # (N, D)
+        vectors = self._encoder.embed_tokens(tokens, tokens_per_batch=self._budget)  # (N, D)
         if not np.isfinite(vectors).all():
             raise EmbedError(
                 f"the model gave vectors that are not finite for rows {unit.start} to {unit.stop} of {unit.file.path}"
@@ -170,13 +170,21 @@ def _open_encoder(context: EmbedContext) -> Encoder:
 
     from ullme_ray.model import open_encoder
 
-    actors = embed_section(context.job).actors
+    embed = embed_section(context.job)
+    actors = embed.actors
     if not actors.gpus_per_actor:
         torch.set_num_threads(actors.cpus_per_actor)
-    encoder = open_encoder(context.job, device="cuda" if actors.gpus_per_actor else "cpu")
+    encoder = open_encoder(context.job, device="cuda" if actors.gpus_per_actor else "cpu", unpadded=embed.unpadded)
     if encoder.fingerprint != context.settings.fingerprint:
         raise EmbedError("the model was changed while this run embedded with it; run again")
     return encoder
+
+
+def _budget(context: EmbedContext, encoder: Encoder) -> TokenBudget:
+    from ullme_ray.model import TokenBudget
+
+    wanted = embed_section(context.job).tokens_per_batch
+    return encoder.find_budget() if wanted == "auto" else TokenBudget(wanted)
 
 
 def write_step(row: Row, context: EmbedContext) -> Row:

@@ -2,6 +2,7 @@
 
 from ullme_ray.model.backbone import base_folder, check_base
 from ullme_ray.model.base import ensure_base
+from ullme_ray.model.budget import TokenBudget
 from ullme_ray.model.encoder import (
     Encoder,
     EncoderSettings,
@@ -17,6 +18,7 @@ __all__ = [
     "Encoder",
     "EncoderSettings",
     "TextTokenizer",
+    "TokenBudget",
     "Tokens",
     "base_folder",
     "check_base",

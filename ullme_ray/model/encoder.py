@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -19,11 +19,13 @@ import torch
 from ullme_ray import storage
 from ullme_ray.errors import ModelError, StorageError
 from ullme_ray.model.backbone import base_folder, first_position, load_backbone, load_config
-from ullme_ray.model.encode import encode_batch, pad_tokens
+from ullme_ray.model.budget import TokenBudget, find_budget
+from ullme_ray.model.encode import encode_batch, pad_batch
 from ullme_ray.model.family import check_length, generates
 from ullme_ray.model.latent_attention import FOLDER, make_head
+from ullme_ray.model.packed import Packing, encode_packed, pack_batch, try_packing
 from ullme_ray.model.tokenizing import PromptName, TextTokenizer, Tokens, load_tokenizer
-from ullme_ray.spec.job import JobSpec, ModelSpec
+from ullme_ray.spec.job import JobSpec, ModelSpec, Unpadded
 from ullme_ray.spec.run_folder import RunFolder
 
 Which = Literal["trained", "base"]
@@ -40,6 +42,7 @@ _FINGERPRINTED = frozenset(
         *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     ]
 )
+_TIMED_LENGTH = 128  # tokens of the texts that a budget is timed with
 _NO_LENGTH = 10**9  # transformers writes 10**30 where a tokenizer has no limit
 
 
@@ -66,13 +69,20 @@ class Encoder:
     """Texts in, unit vectors out; one process, one device."""
 
     def __init__(
-        self, backbone: Any, tokenizer: TextTokenizer, settings: EncoderSettings, fingerprint: str, head: Any = None
+        self,
+        backbone: Any,
+        tokenizer: TextTokenizer,
+        settings: EncoderSettings,
+        fingerprint: str,
+        head: Any = None,
+        packing: Packing | None = None,
     ) -> None:
         self.backbone = backbone
         self.head = head
         self.tokenizer = tokenizer
         self.settings = settings
         self.fingerprint = fingerprint
+        self.packing = packing
         self.dim = int(backbone.config.get_text_config().hidden_size)
         self.device = next(backbone.parameters()).device
 
@@ -81,28 +91,45 @@ class Encoder:
         return self.embed_tokens(self.tokenizer.tokenize(texts, prompt), tokens_per_batch=tokens_per_batch)
 
     @torch.inference_mode()
-    def embed_tokens(self, tokens: Tokens, *, tokens_per_batch: int = 8192) -> np.ndarray:
-        """(N, D) float32 unit rows in input order; inside, length-sorted batches of up to `tokens_per_batch` padded tokens."""
+    def embed_tokens(self, tokens: Tokens, *, tokens_per_batch: int | TokenBudget = 8192) -> np.ndarray:
+        """(N, D) float32 unit rows in input order; inside, length-sorted batches of up to `tokens_per_batch` tokens.
+
+        Args:
+            tokens_per_batch: padding included, where the model needs it. A budget is lowered when memory runs out.
+
+        Raises:
+            EmbedError: memory does not hold a single text.
+        """
+        budget = tokens_per_batch if isinstance(tokens_per_batch, TokenBudget) else TokenBudget(tokens_per_batch)
         if self.settings.prompt_is_pooled:
             tokens = replace(tokens, prompt_length=0)
         vectors = np.empty((len(tokens.input_ids), self.dim), dtype=np.float32)
-        for rows in token_budget_batches([len(ids) for ids in tokens.input_ids], tokens_per_batch):
-            batch = pad_tokens(tokens, rows, self.tokenizer.pad_id).to(self.device)
-            embedding = encode_batch(
-                self.backbone, batch, self.settings.pooling, self.head, bidirectional=not self.settings.causal
-            )
-            vectors[rows] = embedding.cpu().numpy()
+
+        def forward(rows: list[int]) -> None:
+            vectors[rows] = self._forward(tokens, rows).cpu().numpy()
+
+        budget.work([len(ids) for ids in tokens.input_ids], forward, padded=self.packing is None)
         return vectors
 
+    def _forward(self, tokens: Tokens, rows: list[int]) -> torch.Tensor:
+        """One batch; its longest row is the first."""
+        ids = [tokens.input_ids[row] for row in rows]
+        how: dict[str, Any] = {"pooling": self.settings.pooling, "head": self.head, "bidirectional": not self.settings.causal}
+        if self.packing is not None and len(ids[0]) <= (self.packing.longest or len(ids[0])):
+            packed = pack_batch(ids, tokens.prompt_length, padding_id=self.packing.padding_id, device=self.device)
+            return encode_packed(self.backbone, packed, **how)
+        return encode_batch(self.backbone, pad_batch(ids, tokens.prompt_length, self.tokenizer.pad_id).to(self.device), **how)
 
-def token_budget_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Row numbers grouped so that rows x longest row stays within the budget; a longer row goes alone. Longest first."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    start = 0
-    while start < len(order):
-        rows = max(1, tokens_per_batch // max(1, lengths[order[start]]))
-        yield order[start : start + rows]
-        start += rows
+    def find_budget(self) -> TokenBudget:
+        """The number of tokens in a batch that this model runs fastest with on this device; takes a few seconds."""
+        length = min(_TIMED_LENGTH, self.settings.max_tokens)
+        text = [1 % self.tokenizer.hf.vocab_size] * length
+
+        def forward(num_tokens: int) -> None:
+            count = max(1, num_tokens // length)
+            self.embed_tokens(Tokens([text] * count, 0, [False] * count), tokens_per_batch=num_tokens)
+
+        return find_budget(forward, self.device.type)
 
 
 def encoder_folder(job: JobSpec, which: Which = "trained") -> str:
@@ -242,25 +269,37 @@ def _file_digest(path: str, num_bytes: int, mtime_ns: int) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def open_encoder(job: JobSpec, *, which: Which = "trained", device: str | None = None) -> Encoder:
+def open_encoder(job: JobSpec, *, which: Which = "trained", device: str | None = None, unpadded: Unpadded = "auto") -> Encoder:
     """Loads the job's embedder and proves it: attention both ways, and an export's own probe vectors.
 
     Args:
         which: `trained` is the run's export where the job trains, else the base; `base` the model before training.
         device: torch device; absent means a GPU where there is one.
+        unpadded: as `embed.unpadded`.
 
     Raises:
         ModelError: it cannot be loaded, attends one way, or computes other vectors than when it was exported.
     """
     folder = encoder_folder(job, which)
-    encoder = load_encoder(folder, read_settings(job, folder), job.model, device=device)
+    encoder = load_encoder(folder, read_settings(job, folder), job.model, device=device, unpadded=unpadded)
     if os.path.isfile(os.path.join(folder, PROBE_FILE)):
         check_probe(encoder, folder)
     return encoder
 
 
-def load_encoder(folder: str, settings: EncoderSettings, model: ModelSpec, *, device: str | None = None) -> Encoder:
-    """An encoder from a local folder of weights and tokenizer."""
+def load_encoder(
+    folder: str,
+    settings: EncoderSettings,
+    model: ModelSpec,
+    *,
+    device: str | None = None,
+    unpadded: Unpadded = "auto",
+) -> Encoder:
+    """An encoder from a local folder of weights and tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded, or cannot do without padding where it is told to.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = load_backbone(folder, model, device=device)
     check_length("model.max_tokens", settings.max_tokens, backbone.config, first_position(backbone, backbone.config))
@@ -268,7 +307,12 @@ def load_encoder(folder: str, settings: EncoderSettings, model: ModelSpec, *, de
     if settings.latent_attention is not None:  # the base before training has none yet: a fresh one is mean pooling
         head = make_head(folder, model.model_copy(update={"pooling": "latent_attention"}), backbone.config)
         head = head.to(device).eval() if head is not None else None
-    return Encoder(backbone, _text_tokenizer(folder, settings, model), settings, _fingerprint(folder, settings), head)
+    packing = try_packing(backbone, bidirectional=not settings.causal) if unpadded != "off" else None
+    if isinstance(packing, str):
+        if unpadded == "on":
+            raise ModelError(f"embed.unpadded = on, but the model in {folder} needs padding: {packing}; use auto or off")
+        packing = None
+    return Encoder(backbone, _text_tokenizer(folder, settings, model), settings, _fingerprint(folder, settings), head, packing)
 
 
 PROBE_FILE = "probe.json"

@@ -45,3 +45,29 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, own_tokens: Tensor, meth
         index = rank.argmax(dim=1) if method == "lasttoken" else rank.argmin(dim=1)  # (B,)
         pooled = states[torch.arange(len(states), device=states.device), index]
     return torch.nn.functional.normalize(pooled, dim=-1)
+
+
+def pool_packed(states: Tensor, offsets: Tensor, prompt_length: int, method: str) -> Tensor:
+    """As `pool`, for texts that lie one after another without padding.
+
+    Args:
+        states: (T, D) of any float type.
+        offsets: (N + 1,), text i is tokens [offsets[i], offsets[i + 1]).
+        prompt_length: leading tokens of every text that belong to the prompt; a text without others keeps them.
+
+    Returns:
+        (N, D) float32, each row of length 1.
+    """
+    starts, ends = offsets[:-1].long(), offsets[1:].long()
+    lengths = ends - starts
+    left_out = torch.where(lengths > prompt_length, prompt_length, 0)  # (N,)
+    if method in ("mean", "weightedmean"):
+        position = torch.arange(len(states), device=states.device) - starts.repeat_interleave(lengths)  # (T,)
+        weight = (position >= left_out.repeat_interleave(lengths)).float()
+        if method == "weightedmean":
+            weight = weight * (position + 1)
+        # A sum in place of a mean: they differ in length alone, and the length becomes 1.
+        pooled = torch.segment_reduce(states.float() * weight[:, None], "sum", lengths=lengths, axis=0)
+    else:
+        pooled = states[ends - 1 if method == "lasttoken" else starts + left_out].float()
+    return torch.nn.functional.normalize(pooled, dim=-1)

@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema
 
 from ullme_ray.spec.objective import ObjectiveSpec
 from ullme_ray.spec.secrets import SecretRef
-from ullme_ray.spec.section import Fraction, Name, NonNegative, Positive, Section, name_or_mapping
+from ullme_ray.spec.section import AutoOrCount, Fraction, Name, NonNegative, Positive, Section, name_or_mapping
 
 
 class PromptsSpec(Section):
@@ -226,12 +226,20 @@ class ActorsSpec(Section):
     cpus_per_actor: PositiveInt = Field(1, description="CPU cores reserved for one actor.")
 
 
+Unpadded = Literal["auto", "on", "off"]
+
+
 class EmbedSpec(Section):
     input: EmbedInputSpec = Field(description="The corpus.")
     output: EmbedOutputSpec = Field(EmbedOutputSpec(), description="The embeddings table.")
     actors: ActorsSpec = Field(ActorsSpec(), description="The pool of embedding processes.")
     rows_per_unit: PositiveInt = Field(4096, description="Rows of one unit: what a crash can cost at most per actor.")
-    tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
+    tokens_per_batch: AutoOrCount = Field(
+        "auto", description="Tokens of one forward pass; auto times a few numbers when an actor starts and takes the fastest."
+    )
+    unpadded: Unpadded = Field(
+        "auto", description="Attention without padding: auto uses it where the model computes the same, on insists, off pads."
+    )
 
 
 class EncoderSpec(Section):

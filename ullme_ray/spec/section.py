@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PlainValidator
 from pydantic_core import CoreSchema
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$")]
+
+
+def _auto_or_count(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise ValueError("auto or a whole number above 0")
+
+
+# One validator and not a union, whose every branch would give an error of its own.
+AutoOrCount = Annotated[
+    Literal["auto"] | int,
+    PlainValidator(_auto_or_count, json_schema_input_type=Literal["auto"] | Annotated[int, Field(gt=0)]),
+]
 
 
 class Section(BaseModel):

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from ullme_ray.errors import DataError
+from ullme_ray.model.budget import token_budget_batches
 from ullme_ray.model.encode import pad_tokens
-from ullme_ray.model.encoder import token_budget_batches
 from ullme_ray.model.tokenizing import TextTokenizer, Tokens
 from ullme_ray.retrieval.local_set import LocalSet, read_local_set
 from ullme_ray.retrieval.metrics import mean_scores, score_run
