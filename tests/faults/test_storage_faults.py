@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from proxy import Fate, Proxy, Spoil
 from s3_server import S3Server
 
 from ullme_ray import storage, table
+from ullme_ray.embed.commit import commit
 from ullme_ray.errors import StorageError
 from ullme_ray.store_probes import abort_stale_uploads, keeps_exclusive_puts
 
@@ -119,6 +121,19 @@ def test_a_table_is_opened_through_answers_that_break_off(proxy: Proxy, monkeypa
     proxy.spoil(Spoil(("cut",)))
     with pytest.raises(StorageError, match=r"cannot read the table s3://spoiled/table \(.*reset by peer"):
         table.find_table(path)
+
+
+@pytest.mark.parametrize("fate", ["lost", "cut", "error"])
+def test_a_commit_whose_put_fails_or_whose_answer_is_lost_is_made_once(proxy: Proxy, fate: Fate) -> None:
+    path = f"s3://spoiled/commit-{fate}"
+    proxy.spoil(Spoil((fate,)))
+    healed = threading.Timer(1.5, proxy.spoil, [None])
+    healed.start()
+    commit(path, {}, pa.schema([("id", pa.string())]), job_name="docs", fingerprint="f1")
+    healed.join()
+    assert fate in {request.fate for request in proxy.log}
+    assert table.open_table(path).version() == 0
+    assert table.open_table(path).metadata().name == "docs"
 
 
 def test_only_old_uploads_below_the_folder_are_ended(s3: S3Server) -> None:

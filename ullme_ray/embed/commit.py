@@ -13,9 +13,11 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, cre
 
 from ullme_ray.embed.parts import Part, PartName
 from ullme_ray.errors import EmbedError, StorageError
-from ullme_ray.table import delta_options, find_table
+from ullme_ray.storage import is_remote
+from ullme_ray.table import delta_options, find_table, reason_of
 
 _MAX_ATTEMPTS = 20
+_MAX_FAILURES = 5  # of the store; waits 2, 4, 8, 16 s between them
 
 
 def active_parts(table: DeltaTable | None) -> dict[PartName, Part]:
@@ -50,6 +52,7 @@ def commit(path: str, wanted: Mapping[PartName, Part], schema: pa.Schema, *, job
     """
     delta_schema = Schema.from_arrow(schema)
     note = CommitProperties(custom_metadata={"ullme_ray": {"job": job_name, "fingerprint": fingerprint}}, max_commit_retries=0)
+    failures = 0
     for attempt in range(_MAX_ATTEMPTS):
         table = find_table(path)
         check_owner(table, job_name)
@@ -79,9 +82,14 @@ def commit(path: str, wanted: Mapping[PartName, Part], schema: pa.Schema, *, job
             return table.version() + 1  # without retries it is the next version or none; the handle stays at the one it read
         except CommitFailedError:
             pass  # another run was faster
-        except DeltaError as error:
-            if table is not None or find_table(path) is None:
-                raise StorageError(f"cannot commit to the table {path} ({str(error).splitlines()[0]})") from error
+        except (DeltaError, OSError) as error:
+            if table is None and find_table(path) is not None:
+                continue  # made by another run since
+            # deltalake does not try a put on a condition again, since the store may have taken it; the table itself tells.
+            failures += 1
+            if failures == _MAX_FAILURES or not is_remote(path):
+                raise StorageError(f"cannot commit to the table {path} ({reason_of(error)})") from error
+            time.sleep(2.0**failures)
         time.sleep(0.05 * (attempt + 1))
     raise EmbedError(f"the table {path} could not be committed to in {_MAX_ATTEMPTS} attempts, since other runs did; run again")
 
