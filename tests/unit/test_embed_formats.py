@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from ullme_ray import storage
 from ullme_ray.embed import reading
 from ullme_ray.embed.listing import list_input
 from ullme_ray.embed.planning import plan_units, split_file
@@ -65,6 +68,51 @@ def test_units_of_parquet_end_where_row_groups_do(tmp_path: Path, groups: list[i
     assert [unit.start for unit in units] == [0, *ends[:-1]]
     read = read_units(job, units)
     assert [i for part in read for i in part.good["id"].to_pylist()] == rows["id"].to_pylist()
+
+
+def write_rows(path: Path, count: int) -> None:
+    rows = [{"id": str(n), "text": f"text {n}"} for n in range(count)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3000)
+    elif ".csv" in path.name:
+        data = "id,text\n" + "".join(f'{row["id"]},"{row["text"]}"\n' for row in rows)
+        path.write_bytes(pa.compress(data.encode(), codec="zstd", asbytes=True))
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+@pytest.mark.parametrize("name", ["c.jsonl.gz", "c.csv.zst", "c.parquet"])
+def test_a_process_goes_through_a_file_once_however_many_units_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_rows(tmp_path / folder / name, 9000)
+    one, two = (job_for(tmp_path / folder / name, tmp_path, rows_per_unit=400, id="id") for folder in ("one", "two"))
+    units = plan_units(one)
+    assert len(units) > 20
+    opened: list[str] = []
+    open_read = storage.open_read
+
+    def counted(path: str) -> Any:
+        opened.append(path)
+        return open_read(path)
+
+    def ids_of(job: JobSpec, unit: Unit) -> list[int]:
+        assert job.embed is not None
+        types = pa.schema([("id", pa.string())])
+        return [int(i) for i in reading.read_unit(unit, job.embed.input, types).good["id"].to_pylist()]
+
+    reading.column_types(units[0].file, one.embed.input)  # type: ignore[union-attr]  # the header of a CSV file
+    monkeypatch.setattr(storage, "open_read", counted)
+    for unit in units[::2] + units[-1:]:  # another process has the others; the last is read twice, as a retry does
+        assert ids_of(one, unit) == list(range(unit.start, unit.stop))
+    at_most = 2 if name == "c.jsonl.gz" else 3  # a CSV file's header is read for itself
+    assert 0 < len(opened) <= at_most
+    for unit, other in zip(units[::-1], plan_units(two)):  # the control: backwards and between two files it starts again
+        assert ids_of(one, unit) == list(range(unit.start, unit.stop))
+        assert ids_of(two, other) == list(range(other.start, other.stop))
+    assert len(opened) > 2 * len(units)
 
 
 def write_texts(folder: Path, count: int) -> None:

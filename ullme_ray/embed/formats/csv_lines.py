@@ -5,24 +5,24 @@ Costs as those of JSONL.
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 
 from ullme_ray import storage
 from ullme_ray.embed.formats.columns import check_columns
+from ullme_ray.embed.formats.kept import text_at
 from ullme_ray.embed.units import InputFile, Unit, units_at
 from ullme_ray.errors import EmbedError
-from ullme_ray.row_files import BadRow, Record, csv_records, open_unpacked, skip
+from ullme_ray.row_files import BadRow, csv_records, open_unpacked
 from ullme_ray.spec.job import EmbedInputSpec
 
 
 def schema(file: InputFile) -> pa.Schema | None:
-    with storage.open_read(file.path) as stream:
-        names, _ = _header(open_unpacked(stream, file.path), file)
+    names, _ = _header(file)
     return pa.schema([(name, pa.string()) for name in names])
 
 
@@ -34,12 +34,12 @@ def units(file: InputFile, rows_per_unit: int) -> list[Unit]:
 
 
 def rows(unit: Unit, spec: EmbedInputSpec) -> Iterator[dict[str, Any] | BadRow]:
-    with storage.open_read(unit.file.path) as stream:
-        unpacked = open_unpacked(stream, unit.file.path)
-        header, position = _header(unpacked, unit.file)
-        check_columns(unit.file, spec, header)
-        skip(unpacked, max(unit.offset - position, 0))
-        for record in itertools.islice(_records(unpacked, unit, position), unit.num_rows):
+    header, rows_begin = _header(unit.file)
+    check_columns(unit.file, spec, header)
+    offset = max(unit.offset, rows_begin)
+    with text_at(unit.file, offset) as text:
+        for record in itertools.islice(csv_records(text.stream, unit.file.path, offset), unit.num_rows):
+            text.position = record.stop
             if isinstance(record.cells, BadRow):
                 yield record.cells
             elif len(record.cells) == len(header):
@@ -48,13 +48,11 @@ def rows(unit: Unit, spec: EmbedInputSpec) -> Iterator[dict[str, Any] | BadRow]:
                 yield BadRow(f"has {len(record.cells)} fields, the header {len(header)}", ",".join(record.cells)[:2000])
 
 
-def _records(stream: io.BufferedReader, unit: Unit, header_stop: int) -> Iterator[Record]:
-    return csv_records(stream, unit.file.path, max(unit.offset, header_stop))
-
-
-def _header(stream: io.BufferedReader, file: InputFile) -> tuple[list[str], int]:
+@lru_cache(maxsize=8)
+def _header(file: InputFile) -> tuple[list[str], int]:
     """The names of the columns, none in an empty file, and the byte where the rows begin."""
-    record = next(csv_records(stream, file.path), None)
+    with storage.open_read(file.path) as stream:
+        record = next(csv_records(open_unpacked(stream, file.path), file.path), None)
     if record is None:
         return [], 0
     if isinstance(record.cells, BadRow):

@@ -1,7 +1,7 @@
 """JSONL, plain or compressed: one object a line, blank lines are no rows.
 
-Planning reads the file once. Units of a plain file start at the byte noted then; those of a compressed file decompress all that
-lies before them, so take larger units (`embed.rows_per_unit`) for large compressed files.
+Planning reads the file once, and units start at the byte noted then. In a compressed file what lies before it is decompressed,
+from where the process stopped last.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from ullme_ray import storage
+from ullme_ray.embed.formats.kept import text_at
 from ullme_ray.embed.units import InputFile, Unit, units_at
-from ullme_ray.row_files import TOO_LONG, BadRow, Line, lines, open_unpacked, skip
+from ullme_ray.row_files import TOO_LONG, BadRow, Line, lines, open_unpacked
 from ullme_ray.spec.job import EmbedInputSpec
 
 KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
@@ -33,10 +34,9 @@ def units(file: InputFile, rows_per_unit: int) -> list[Unit]:
 
 
 def rows(unit: Unit, spec: EmbedInputSpec) -> Iterator[dict[str, Any] | BadRow]:
-    with storage.open_read(unit.file.path) as stream:
-        unpacked = open_unpacked(stream, unit.file.path)
-        skip(unpacked, unit.offset)
-        for line in itertools.islice(_filled_lines(unpacked, unit.offset), unit.num_rows):
+    with text_at(unit.file, unit.offset) as text:
+        for line in itertools.islice(_filled_lines(text.stream, unit.offset), unit.num_rows):
+            text.position = line.stop
             yield _parse(line)
 
 

@@ -1,11 +1,14 @@
 """Parquet: planning reads the footer. Units follow row groups, several small ones or a share of a large one.
 
-Only the columns that the job names are read. A row group of more rows than a unit is divided, and each of its units decodes it
-from its start: write row groups of at most `embed.rows_per_unit` rows where that matters.
+Only the columns that the job names are read. A row group of more rows than a unit is divided, and each process that reads its
+units decodes it once.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ullme_ray import storage
 from ullme_ray.embed.formats.columns import check_columns, wanted_columns
+from ullme_ray.embed.formats.kept import kept_open
 from ullme_ray.embed.units import InputFile, Unit
 from ullme_ray.row_files import BadRow, table_rows
 from ullme_ray.spec.job import EmbedInputSpec
@@ -46,23 +50,45 @@ def units(file: InputFile, rows_per_unit: int) -> list[Unit]:
 
 
 def rows(unit: Unit, spec: EmbedInputSpec) -> Iterator[dict[str, Any] | BadRow]:
-    with storage.open_read(unit.file.path) as stream:
-        file = pq.ParquetFile(stream)
-        check_columns(unit.file, spec, file.schema_arrow.names)
-        groups: list[int] = []
-        first_row = end = 0
-        for group in range(file.num_row_groups):
-            begin, end = end, end + file.metadata.row_group(group).num_rows
-            if begin < unit.stop and end > unit.start:
-                first_row = begin if not groups else first_row
-                groups.append(group)
-        if not groups:
-            return
-        position = first_row
-        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=wanted_columns(spec)):
-            begin, end = max(unit.start - position, 0), min(unit.stop - position, batch.num_rows)
+    columns = wanted_columns(spec)
+
+    @contextlib.contextmanager
+    def open_groups() -> Iterator[_Groups]:
+        with storage.open_read(unit.file.path) as stream:
+            file = pq.ParquetFile(stream)
+            check_columns(unit.file, spec, file.schema_arrow.names)
+            yield _Groups(file, columns)
+
+    with kept_open((unit.file, *columns), open_groups, usable=lambda groups: True) as groups:
+        for batch in groups.read(unit.start, unit.stop):
+            yield from table_rows(batch)
+
+
+class _Groups:
+    """A file whose row groups are decoded one by one, each once as long as reading goes forward."""
+
+    def __init__(self, file: pq.ParquetFile, columns: list[str]) -> None:
+        self._file, self._columns = file, columns
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._begins = list(itertools.accumulate(sizes, initial=0))  # of each group, and the end of the last
+        self._group, self._position = 0, 0
+        self._batches: Iterator[pa.RecordBatch] | None = None  # of `_group`, from `_position` on
+
+    def read(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        """Rows [start, stop)."""
+        while start < stop and start < self._begins[-1]:
+            group = bisect.bisect_right(self._begins, start) - 1
+            if self._batches is None or group != self._group or start < self._position:
+                self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns)
+                self._group, self._position = group, self._begins[group]
+            batch = next(self._batches, None)
+            if batch is None:
+                return  # fewer rows than the footer says
+            begin, end = max(start - self._position, 0), min(stop - self._position, batch.num_rows)
+            self._position += batch.num_rows
+            if end < batch.num_rows:
+                self._batches = itertools.chain([batch.slice(end)], self._batches)
+                self._position -= batch.num_rows - end
             if begin < end:
-                yield from table_rows(batch.slice(begin, end - begin))
-            position += batch.num_rows
-            if position >= unit.stop:
-                return
+                yield batch.slice(begin, end - begin)
+                start = self._position
