@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 NUM_TEXTS = 32
 MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
-MIN_COSINE_STORED = {"float32": 1.0, "int8": 0.999, "uint8": 0.999, "binary": 0.9, "ubinary": 0.9}  # last bits may turn a step
 REQUEST_TIMEOUT_S = 120.0
 
 
@@ -54,7 +53,7 @@ def check_parity(job: JobSpec, url: str) -> Parity:
     for (a, b), cosine in found.min_cosines.items():
         limit = MIN_COSINE[job.model.dtype]
         if b == "table":
-            limit = min(limit, MIN_COSINE_STORED[form.dtype])
+            limit = min(limit, form.least_cosine)
         if not cosine >= limit:  # a NaN must fail too
             raise UllmeError(
                 f"{a} and {b} vectors of the same passage differ: cosine {cosine:.6f}, at least {limit} is needed for"

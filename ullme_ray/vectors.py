@@ -58,6 +58,11 @@ class VectorFormat:
         return self.dtype in ("binary", "ubinary")
 
     @property
+    def least_cosine(self) -> float:
+        """Of two encodings of a vector that was computed twice: its last bits may take a number across a step."""
+        return {"float32": 1.0, "int8": 0.999, "uint8": 0.999}.get(self.dtype, 0.85)
+
+    @property
     def ranges(self) -> np.ndarray | None:
         """(2, D): the smallest and the largest value of each dimension."""
         return np.frombuffer(self.ranges_data, "<f4").reshape(2, -1) if self.ranges_data else None

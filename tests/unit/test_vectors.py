@@ -154,6 +154,18 @@ def test_ranges_are_kept_with_the_table_and_the_first_ones_win(tmp_path: Path) -
             find_ranges(folder, model, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vector_computed_twice_is_told_from_another_one(dtype: str) -> None:
+    vectors, form = unit_vectors(300, width=256), VectorFormat(dtype)
+    form = form.calibrated(vectors) if form.is_scaled else form
+    noise = np.random.default_rng(5).normal(size=vectors.shape) * 2e-4  # of a bfloat16 model
+    again = (vectors + noise).astype(np.float32)
+    again /= np.linalg.norm(again, axis=1, keepdims=True)
+    first, second = form.decode(form.encode(vectors)), form.decode(form.encode(again))
+    assert (first * second).sum(axis=1).min() > min(form.least_cosine, 0.9999)
+    assert (first * second[::-1]).sum(axis=1).max() < form.least_cosine, "control: another row's vector"
+
+
 def test_whatever_changes_what_is_stored_changes_the_token() -> None:
     formats = [
         VectorFormat(),
