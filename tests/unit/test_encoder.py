@@ -348,6 +348,16 @@ def test_probe_holds_exact_vectors_and_what_the_export_itself_reaches(
     assert float(capsys.readouterr().out) >= probe_floor(encoder, probe["cosine"])
 
 
+def test_a_table_of_more_dims_than_the_model_has_is_refused_before_any_work(tiny_base: str) -> None:
+    def job(dims: int) -> JobSpec:
+        embed = {"input": {"path": "x"}, "output": {"dims": dims}}
+        return JobSpec.model_validate({"name": "t", "model": {"base": tiny_base, "max_tokens": 32}, "embed": embed})
+
+    check_base(job(32))
+    with pytest.raises(ModelError, match=r"embed.output.dims = 33, but the vectors of model.base .* have 32 numbers"):
+        check_base(job(33))
+
+
 def test_four_bits_need_bitsandbytes_and_a_gpu(tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelSpec(base=tiny_base, max_tokens=32, lora=LoraSpec(rank=2, quantize_base="nf4"))
     job = JobSpec.model_validate({"name": "t", "model": model.model_dump(), "embed": {"input": {"path": "x"}}})

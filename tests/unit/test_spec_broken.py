@@ -203,6 +203,12 @@ BROKEN = {
     "bits that fill no whole byte": Broken(
         EMBED + "  output: {dtype: ubinary, dims: 100}\n", 5, ("embed.output.dims = 100", "use 96 or 104")
     ),
+    "more dims than the vectors have": Broken(
+        "name: docs\nmodel: {base: scratch, scratch: {hidden_size: 64}}\ntrain: {data: [{path: a}]}\n"
+        "embed:\n  input: {path: b}\n  output: {dims: 128}\n",
+        6,
+        ("embed.output.dims = 128, but the vectors have model.scratch.hidden_size = 64 numbers",),
+    ),
     "replicas min above max": Broken(SERVE + "  replicas: {min: 4}\n", 4, ("serve.replicas.min = 4 is more than max = 1",)),
     "unknown scheme": Broken(
         HEAD + "train:\n  data: [{path: gs://b/x}]\n", 4, ("gs://b/x", "unknown scheme gs://", "s3://bucket")

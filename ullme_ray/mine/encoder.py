@@ -45,7 +45,7 @@ def open_miner(job: JobSpec, spec: EncoderSpec, *, device: str) -> Encoder:
 def _job_of(job: JobSpec, spec: EncoderSpec) -> JobSpec:
     """A job whose base is that model. It never runs code that comes with it: the job trusts its own base alone."""
     model = ModelSpec(base=spec.base, revision=spec.revision, dtype=job.model.dtype, hub_token=job.model.hub_token)
-    return job.model_copy(update={"model": model, "train": None})
+    return job.model_copy(update={"model": model, "train": None, "embed": None})
 
 
 def _settings(other: JobSpec, spec: EncoderSpec) -> EncoderSettings:

@@ -101,6 +101,20 @@ def check_length(field: str, length: int, config: Any, first_position: int) -> N
         )
 
 
+def check_dims(job: JobSpec, config: Any) -> None:
+    """Refuses a table of more dimensions than the model's vectors have.
+
+    Raises:
+        ModelError: with the model's width.
+    """
+    dims, width = job.embed.output.dims if job.embed else None, int(config.get_text_config().hidden_size)
+    if dims is not None and dims > width:
+        raise ModelError(
+            f"embed.output.dims = {dims}, but the vectors of model.base = {job.model.base} have {width} numbers; "
+            f"use {width} or fewer"
+        )
+
+
 def check_objective(job: JobSpec, config: Any) -> None:
     """A model without the generate pass cannot have terms that need it.
 

@@ -25,7 +25,7 @@ def contradictions(job: JobSpec) -> list[Contradiction]:
         *(_train(job, job.train) if job.train else ()),
         *(_mine(job, job.mine) if job.mine else ()),
         *_chunks(job),
-        *(_stored_vectors(job.embed.output) if job.embed else ()),
+        *(_stored_vectors(job, job.embed.output) if job.embed else ()),
         *_paths(job),
     ]
 
@@ -215,7 +215,7 @@ def _chunks(job: JobSpec) -> Iterator[Contradiction]:
         )
 
 
-def _stored_vectors(output: EmbedOutputSpec) -> Iterator[Contradiction]:
+def _stored_vectors(job: JobSpec, output: EmbedOutputSpec) -> Iterator[Contradiction]:
     at = "embed.output"
     if output.mantissa_bits is not None and output.dtype != "float32":
         yield Contradiction(
@@ -227,6 +227,12 @@ def _stored_vectors(output: EmbedOutputSpec) -> Iterator[Contradiction]:
             (f"{at}.dims", f"{at}.dtype"),
             f"= {output.dims} does not fill whole bytes with bits, as dtype: {output.dtype} needs; "
             f"use {_near_multiples(output.dims, 8)}",
+        )
+    width = job.model.scratch.hidden_size
+    if output.dims is not None and job.model.base == "scratch" and output.dims > width:
+        yield Contradiction(
+            (f"{at}.dims", "model.scratch.hidden_size"),
+            f"= {output.dims}, but the vectors have model.scratch.hidden_size = {width} numbers; use {width} or fewer",
         )
 
 
