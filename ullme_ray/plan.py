@@ -140,8 +140,8 @@ def _units(job: JobSpec) -> dict[str, int]:
     from ullme_ray.embed import plan_units
 
     units = plan_units(job)
-    files = {unit.file.path for unit in units}
-    return {"rows": sum(unit.num_rows for unit in units), "units": len(units), "files": len(files)}
+    num_files = sum(file.num_files for file in {unit.file for unit in units})
+    return {"rows": sum(unit.num_rows for unit in units), "units": len(units), "files": num_files}
 
 
 def _processes(least: int, most: int, cpus: float, gpus: float) -> str:

@@ -85,7 +85,7 @@ JSON_LINES = {
     "character cut in two": Row('{"id": "1", "title": "漢'.encode()[:-1] + b'"}', "is not valid UTF-8"),
     "surrogates in UTF-8": Row(b'{"id": "1", "title": "\xed\xa0\x80"}', "is not valid UTF-8"),
     "byte order mark in the middle": Row(b"\xef\xbb\xbf" + line(), "is not valid JSON (Unexpected UTF-8 BOM"),
-    "huge text": Row(line(body=HUGE), "title and body is longer than 16 MiB", "1"),
+    "huge text": Row(line(body=HUGE), "title and body is longer than 4 MiB", "1"),
     "huge line": Row(b'{"id": "' + b"x" * MAX_ROW_BYTES + b'"}', "is a line of 64 MiB or more"),
 }
 
@@ -99,7 +99,7 @@ RECORDS = {
     "not UTF-8": Row(b"1,\xff,,en", "title and body is not valid UTF-8", "1"),
     "id not UTF-8": Row(b"\xff,x,y,en", "id is not valid UTF-8"),
     "NUL": Row(b"1,a\0b,,en", "title and body has NUL characters", "1"),
-    "huge text": Row(b"1," + HUGE.encode() + b",,en", "title and body is longer than 16 MiB", "1"),
+    "huge text": Row(b"1," + HUGE.encode() + b",,en", "title and body is longer than 4 MiB", "1"),
 }
 
 
@@ -118,7 +118,7 @@ PARQUET = {
     "copied number of too many bits": Row({"lang": between(5, 2**63, pa.uint64())}, "lang does not fit the table's int64"),
     "date past Python's": Row({"lang": between(0, 2**30, pa.int32()).view(pa.date32())}, "has a value that Python cannot hold"),
     "NUL": Row({"title": between("t", "a\0b")}, "title and body has NUL characters", "1"),
-    "huge text": Row({"title": between("t", HUGE)}, "title and body is longer than 16 MiB", "1"),
+    "huge text": Row({"title": between("t", HUGE)}, "title and body is longer than 4 MiB", "1"),
     "not UTF-8": Row({"title": between(b"t", b"\xff").view(pa.string())}, "is not UTF-8"),
     "character cut in two": Row({"title": between(b"t", "漢".encode()[:-1]).view(pa.string())}, "is not UTF-8"),
 }

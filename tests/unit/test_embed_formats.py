@@ -131,7 +131,7 @@ def test_plain_texts_are_one_document_each_with_their_path_as_id(tmp_path: Path)
     assert found["000.MD"] == "document 0\nwith ümlauts"
     assert len(found) == 40
     units = plan_units(job)
-    assert sum(unit.num_rows for unit in units) == 41
+    assert sum(unit.num_rows for unit in units) == sum(file.num_files for file in list_input(job)) == 41
     assert max(unit.num_rows for unit in units) <= 7
     only = ids_and_texts(job_for(tmp_path / "in" / "**" / "*.txt", tmp_path, rows_per_unit=7))
     assert only == {name: text for name, text in found.items() if name.endswith(".txt")}

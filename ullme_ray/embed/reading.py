@@ -24,7 +24,7 @@ from ullme_ray.row_files import READ_ERRORS, BadRow
 from ullme_ray.spec.job import EmbedInputSpec
 from ullme_ray.table import id_column
 
-MAX_TEXT_BYTES = 16 * 2**20  # of one document in UTF-8; tokenizing takes some 25 times that in memory
+MAX_TEXT_BYTES = 4 * 2**20  # of one document in UTF-8, a long novel; tokenizing takes some 160 times that in memory
 _RAW_CHARACTERS = 2000  # of a bad row kept in the dead letters
 _INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # a byte order mark, and characters of no width: a text of these has no content
 

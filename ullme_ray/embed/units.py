@@ -59,6 +59,10 @@ class InputFile:
         """The same for all versions of the file."""
         return hashlib.sha256(self.path.encode()).hexdigest()[:16]
 
+    @property
+    def num_files(self) -> int:
+        return len(self.members) or 1
+
     def path_of(self, row: int) -> str:
         """The file that a row lies in."""
         return self.path.removesuffix(self.name) + self.members[row].name if self.members else self.path

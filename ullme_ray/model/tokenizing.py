@@ -13,7 +13,7 @@ from ullme_ray.errors import ModelError
 
 PromptName = Literal["query", "passage"]
 _LEAST_GENERATION_ROOM = 4
-_CALL_CHARACTERS = 2**20  # tokenized at a time: the library needs some 100 bytes a token until it is done
+_CALL_CHARACTERS = 2**20  # tokenized at a time: the library needs some 160 bytes for each until it is done
 
 
 @dataclass(frozen=True)
