@@ -122,7 +122,8 @@ class VectorFormat:
     def decode(self, stored: np.ndarray) -> np.ndarray:
         """What the table stores -> (N, D) float32 of unit length: the middle of each step, or +1 and -1 for bits."""
         if self.dtype == "float32":
-            return np.asarray(stored, np.float32)
+            whole = np.asarray(stored, np.float32)
+            return whole if self.mantissa_bits is None else _normalised(whole)  # rounding changed the length a little
         if self.is_packed:
             packed = stored.astype(np.int16) + (128 if self.dtype == "binary" else 0)
             signs = np.unpackbits(packed.astype(np.uint8), axis=-1).astype(np.float32) * 2 - 1  # (N, D)

@@ -134,6 +134,8 @@ def test_ten_bits_keep_the_cosine_and_few_bits_do_not() -> None:
         return 1 - ((stored * vectors).sum(axis=1) / np.linalg.norm(stored, axis=1)).min()
 
     assert loss(10) < 1e-6
+    form = VectorFormat(mantissa_bits=4)
+    np.testing.assert_allclose(np.linalg.norm(form.decode(form.encode(vectors)), axis=1), 1, rtol=1e-6)
     assert loss(2) > 1e-4, "control: a cosine that sees rounding"
 
 
