@@ -74,17 +74,16 @@ def _new_folder(target: str) -> Iterator[Path]:
 def _write_rows(snapshot: Snapshot, folder: Path) -> None:
     packed = snapshot.form.is_packed
     shape = (snapshot.num_rows, snapshot.dims // 8 if packed else snapshot.dims)
-    vectors = np.lib.format.open_memmap(
-        folder / "vectors.npy", mode="w+", dtype=np.uint8 if packed else np.float32, shape=shape
-    )
-    row = 0
-    with pq.ParquetWriter(folder / "ids.parquet", snapshot.columns, compression="zstd") as ids:
+    header = {"descr": "|u1" if packed else "<f4", "fortran_order": False, "shape": shape}
+    rows = 0
+    ids_file = pq.ParquetWriter(folder / "ids.parquet", snapshot.columns, compression="zstd")
+    with (folder / "vectors.npy").open("xb") as vectors, ids_file as ids:
+        np.lib.format.write_array_header_1_0(vectors, header)  # the array follows in slices, and is never in memory as a whole
         for batch in snapshot.batches():
-            vectors[row : row + len(batch.stored)] = _as_faiss(snapshot, batch)
-            row += len(batch.stored)
+            vectors.write(np.ascontiguousarray(_as_faiss(snapshot, batch)).data)
             ids.write_batch(batch.columns)
-    assert row == snapshot.num_rows, f"{row} rows came for {snapshot.num_rows}"
-    vectors.flush()
+            rows += len(batch.stored)
+    assert rows == snapshot.num_rows, f"{rows} rows came for {snapshot.num_rows}"
 
 
 def _as_faiss(snapshot: Snapshot, batch: Batch) -> np.ndarray:
