@@ -134,14 +134,53 @@ def evaluate(path: JobFile, overrides: Overrides = None, as_json: AsJson = False
 
 
 @app.command()
-def embed(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+def embed(
+    path: JobFile,
+    overrides: Overrides = None,
+    only_plan: Annotated[bool, typer.Option("--dry-run", help="Tell what there is to do, and do nothing.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """Embed the corpus into the table; what is done already is not done again."""
     with _stage("embed", path, overrides, as_json, verbose) as job:
-        from ullme_ray.embed import run_embed
-        from ullme_ray.run import describe_embedding
+        from ullme_ray.embed import dry_run, run_embed
 
-        report = run_embed(job)
-        _print_result(report, describe_embedding(report), as_json)
+        report = dry_run(job) if only_plan else run_embed(job)
+        _print_result(report, report.to_text(), as_json)
+
+
+@app.command()
+def table(
+    path: JobFile,
+    overrides: Overrides = None,
+    verify: Annotated[int, typer.Option("--verify", min=0, metavar="ROWS", help="Embed so many rows again and compare.")] = 0,
+    vacuum: Annotated[
+        int | None, typer.Option("--vacuum", min=0, metavar="HOURS", help="Remove files out of the table for so long.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the embeddings table: versions, rows, size, model, dead letters."""
+    with _exit_codes(as_json=as_json):
+        job = _open_job(path, overrides)
+        if job.embed is None:
+            raise JobFileError(str(path), [Problem("embed", "is missing; `ullme-ray table` needs this section")])
+        from dataclasses import asdict
+
+        from ullme_ray.embed import describe_table, remove_old_files, verify_table
+
+        result: dict[str, Any] = {}
+        lines = []
+        if vacuum is not None:
+            result["removed"] = remove_old_files(job, retention_hours=vacuum)
+            lines.append(f"{len(result['removed']):,} old files removed")
+        overview = describe_table(job)
+        result["table"] = asdict(overview)
+        lines.append(overview.to_text())
+        if verify:
+            checked = verify_table(job, num_rows=verify)
+            result["verified"] = asdict(checked)
+            lines.append(checked.to_text())
+        print(json.dumps(result) if as_json else "\n".join(lines))
 
 
 @app.command()

@@ -137,11 +137,11 @@ def make_plan(job: JobSpec) -> Plan:
 
 
 def _units(job: JobSpec) -> dict[str, int]:
-    from ullme_ray.embed import plan_units
+    from ullme_ray.embed import num_files, plan_units
 
     units = plan_units(job)
-    num_files = sum(file.num_files for file in {unit.file for unit in units})
-    return {"rows": sum(unit.num_rows for unit in units), "units": len(units), "files": num_files}
+    files = num_files({unit.file for unit in units})
+    return {"rows": sum(unit.num_rows for unit in units), "units": len(units), "files": files}
 
 
 def _processes(least: int, most: int, cpus: float, gpus: float) -> str:

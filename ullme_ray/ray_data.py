@@ -59,8 +59,8 @@ class Attempts:
         self._counts: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Counts).remote()
 
     @contextlib.contextmanager
-    def at(self, work: str, *, shown: str) -> Iterator[None]:
-        """Counts an attempt at some work, and starts over once one ends otherwise than with its process.
+    def at(self, work: str, *, shown: str) -> Iterator[int]:
+        """Counts an attempt at some work, gives its number, and starts over once one ends otherwise than with its process.
 
         Args:
             work: tells it from all other work.
@@ -69,13 +69,14 @@ class Attempts:
         Raises:
             UllmeError: the stage's, once as many attempts in a row as are allowed ended their process.
         """
-        if ray.get(self._counts.begin.remote(work)) > self._limit:
+        attempt = ray.get(self._counts.begin.remote(work))
+        if attempt > self._limit:
             raise self._stage.error(
                 f"{shown} ended its process {self._limit} times, as a lack of memory does; "
                 f"{self._stage.lighter}, or give an actor more memory"
             )
         try:
-            yield
+            yield attempt
         finally:
             self._counts.done.remote(work)
 

@@ -21,7 +21,6 @@ from ullme_ray.spec.job import ServeSpec
 from ullme_ray.spec.run_folder import dump_job
 
 if TYPE_CHECKING:
-    from ullme_ray.embed import EmbedReport
     from ullme_ray.evaluate.search import Hit
     from ullme_ray.mine import MineReport
     from ullme_ray.serve import Server
@@ -55,7 +54,7 @@ def run_job(job: JobSpec, *, verbose: bool = False) -> None:
             _say_stage("embed", job)
             from ullme_ray.embed import run_embed
 
-            print(describe_embedding(run_embed(job)), flush=True)
+            print(run_embed(job).to_text(), flush=True)
         if job.serve:
             _say_stage("serve", job)
             _serve(job, job.serve)
@@ -115,15 +114,6 @@ def describe_training(result: TrainResult) -> str:
     loss = f", last loss {result.final['loss']:.4f}" if result.final else ""
     state = "was trained already" if result.already_done else "trained"
     return f"{state}: {result.steps:,} steps{loss}; model in {result.model}"
-
-
-def describe_embedding(report: EmbedReport) -> str:
-    text = (
-        f"{report.rows:,} rows in {report.files:,} files: {report.rows_embedded:,} embedded, {report.rows_reused:,} reused,"
-        f" {report.rows_dead:,} unusable"
-    )
-    rate = f" ({report.tokens_per_s:,.0f} tokens/s)" if report.rows_embedded else ""
-    return f"{text}{rate}; table version {report.version} in {report.table}"
 
 
 def describe_mining(report: MineReport) -> str:

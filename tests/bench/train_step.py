@@ -442,10 +442,10 @@ def prepare(args: argparse.Namespace, folder: str) -> Setting:
 
     from ullme_ray.model.backbone import DTYPES
     from ullme_ray.model.scratch import build_scratch
+    from ullme_ray.model.speed import peak_flops
     from ullme_ray.pairs import read_sources
     from ullme_ray.sample_data import ensure_dataset
     from ullme_ray.spec.job import ScratchSpec
-    from ullme_ray.train.metrics import peak_flops
 
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -137,10 +137,10 @@ def test_full_run_rerun_crash_and_changes(corpus: Corpus) -> None:
     assert (again.rows, again.rows_reused, again.rows_dead) == (34, 30, 4)
 
     # What a crash before the commit leaves: parts, some missing, one cut short, and no table.
-    parts = sorted(map(str, list_parts(corpus.table)))
+    parts = sorted(info.path for infos in list_parts(corpus.table).values() for info in infos)
     storage.remove(f"{corpus.table}/_delta_log")
-    storage.remove(f"{corpus.table}/{parts[0]}")
-    storage.write_bytes(f"{corpus.table}/{parts[3]}", b"PAR1")
+    storage.remove(parts[0])
+    storage.write_bytes(parts[3], b"PAR1")
     resumed = run_embed(job)
     assert (resumed.units_embedded, resumed.units_reused, resumed.rows, resumed.rows_dead) == (2, 5, 34, 4)
     after = vectors(corpus)
@@ -151,7 +151,8 @@ def test_full_run_rerun_crash_and_changes(corpus: Corpus) -> None:
     storage.remove(f"{corpus.base}/in/deep/b.jsonl.gz")
     changed = run_embed(job)
     assert (changed.units_embedded, changed.units_reused, changed.version) == (4, 1, 1)
-    assert (changed.rows, changed.rows_embedded, changed.rows_reused, changed.rows_dead) == (23, 20, 3, 0)
+    assert (changed.rows, changed.rows_embedded, changed.rows_copied, changed.rows_reused) == (23, 1, 19, 3)
+    assert (changed.rows_dead, changed.files_changed, changed.files_removed) == (0, 1, 1)
     assert corpus.dead() == []
     now = vectors(corpus)
     assert now.keys() == {row["id"] for row in first + third}

@@ -15,60 +15,82 @@ import pytest
 
 from ullme_ray.embed.commit import active_parts, commit
 from ullme_ray.embed.parts import (
+    ChunkRows,
     Part,
-    PartName,
     PartSettings,
     build_part,
     check_column_names,
+    count_dead_letters,
     list_parts,
     open_part,
+    parse_part_name,
+    remove_dead_letters,
+    write_dead_letters,
     write_part,
 )
+from ullme_ray.embed.reading import DEAD_LETTER_SCHEMA
 from ullme_ray.embed.units import InputFile, Unit
 from ullme_ray.errors import EmbedError, StorageError
-from ullme_ray.spec.job import EmbedInputSpec
+from ullme_ray.spec.job import ChunksSpec, EmbedInputSpec
 from ullme_ray.table import find_table, open_table
+from ullme_ray.vectors import VectorFormat
 
 SPEC = EmbedInputSpec(path="in", id="doc", columns=("lang",))
 TYPES = pa.schema([("doc", pa.string()), ("lang", pa.string())])
-SETTINGS = PartSettings(SPEC, TYPES, fingerprint="f1")
+FLOATS = VectorFormat()
+SETTINGS = PartSettings(SPEC, TYPES, "f1", FLOATS)
 FILE = InputFile("/in/a.jsonl", "a.jsonl", "v1", "jsonl")
 
 
-def make_part(folder: Path, *, path: str = "/in/a.jsonl", version: str = "v1", settings: PartSettings = SETTINGS) -> Part:
+def chunk_rows(vectors: np.ndarray, documents: tuple[int, ...] = (0, 1), chunks: tuple[int, ...] = (0, 0)) -> ChunkRows:
+    num_tokens = np.arange(4, 4 + len(vectors), dtype=np.int32)
+    return ChunkRows(np.array(documents), np.array(chunks, np.int32), vectors, num_tokens, np.array(documents) == 1)
+
+
+def make_part(
+    folder: Path,
+    *,
+    path: str = "/in/a.jsonl",
+    version: str = "v1",
+    settings: PartSettings = SETTINGS,
+    scale: float = 1.0,
+) -> Part:
     file = replace(FILE, path=path, version=version)
     names = settings.types.names
     good = pa.table({**{name: ["x", "y"] for name in names}, "content_hash": ["h1", "h2"]})
-    rows = build_part(good, np.eye(2, 3, dtype=np.float32), [4, 5], [False, True])
+    rows = build_part(good, chunk_rows(vectors=np.eye(2, 3, dtype=np.float32) * scale), FLOATS)
     return write_part(str(folder), "docs", Unit(file, 0, 2, 0), settings, rows)
 
 
 def commit_parts(folder: Path, *parts: Part, settings: PartSettings = SETTINGS, job_name: str = "docs") -> int:
-    wanted = {part.name: part for part in parts}
-    return commit(str(folder), wanted, settings.schema, job_name=job_name, fingerprint=settings.fingerprint)
+    wanted = {part.key: part for part in parts}
+    done = commit(str(folder), wanted, settings.schema, job_name=job_name, fingerprint=settings.fingerprint)
+    return done.version
 
 
 def test_a_part_is_plain_parquet_with_its_provenance(tmp_path: Path) -> None:
     part = make_part(tmp_path)
-    path = tmp_path / str(part.name)
+    path = tmp_path / part.name
     schema = pq.read_schema(path)
     assert schema.names == ["doc", "chunk", "embedding", "content_hash", "num_tokens", "truncated", "lang"]
     assert schema.field("embedding").type == pa.list_(pa.float32(), 3)
     assert b'"fingerprint": "f1"' in schema.metadata[b"ullme_ray"]
     assert (part.num_rows, part.num_bytes) == (2, path.stat().st_size)
-    assert PartName.parse(path.name) == part.name
+    assert parse_part_name(path.name) == (part.key, part.content)
     before = path.read_bytes()
     assert make_part(tmp_path) == part
     assert path.read_bytes() == before
-    assert list_parts(str(tmp_path)) == {part.name: part.num_bytes}
+    ((info,),) = list_parts(str(tmp_path)).values()
+    assert (info.path, info.num_bytes) == (str(path), part.num_bytes)
 
 
 def test_a_damaged_part_is_not_taken_for_done(tmp_path: Path) -> None:
     part = make_part(tmp_path)
-    assert open_part(str(tmp_path), part.name, part.num_bytes) == part
-    path = tmp_path / str(part.name)
+    ((info,),) = list_parts(str(tmp_path)).values()
+    assert open_part(info) == part
+    path = tmp_path / part.name
     path.write_bytes(path.read_bytes()[:-9])
-    assert open_part(str(tmp_path), part.name, part.num_bytes) is None
+    assert open_part(info) is None
 
 
 @pytest.mark.parametrize(
@@ -101,7 +123,7 @@ def test_commits_add_replace_and_remove_and_do_nothing_twice(tmp_path: Path) -> 
     assert commit_parts(tmp_path, a, b) == 0
     changed = make_part(tmp_path, version="v2")
     assert commit_parts(tmp_path, changed, b) == 1
-    assert active_parts(open_table(str(tmp_path))) == {changed.name: changed, b.name: b}
+    assert active_parts(open_table(str(tmp_path))) == {changed.key: changed, b.key: b}
     assert commit_parts(tmp_path, changed) == 2
     table = open_table(str(tmp_path))
     assert table.to_pyarrow_table().num_rows == 2
@@ -130,7 +152,7 @@ import sys, pickle
 from ullme_ray.embed.commit import commit
 folder, wanted, schema = pickle.loads(bytes.fromhex(sys.stdin.readline()))
 print("ready", flush=True); sys.stdin.readline()
-print(commit(folder, wanted, schema, job_name="docs", fingerprint="f1"))
+print(commit(folder, wanted, schema, job_name="docs", fingerprint="f1").version)
 """
 
 
@@ -138,7 +160,7 @@ def test_of_runs_that_commit_the_same_at_once_one_writes_and_the_others_find_not
     old = make_part(tmp_path)
     commit_parts(tmp_path, old)
     new, more = make_part(tmp_path, version="v2"), make_part(tmp_path, path="/in/b.jsonl")
-    wanted = {new.name: new, more.name: more}
+    wanted = {new.key: new, more.key: more}
     racers = [
         subprocess.Popen([sys.executable, "-c", RACER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
@@ -165,3 +187,57 @@ def test_columns_of_the_table_itself_cannot_be_taken() -> None:
 def test_planning_loads_no_torch() -> None:
     code = "import sys, ullme_ray.embed; assert 'ray' in sys.modules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_part_made_again_with_other_bits_is_another_object_and_the_first_one_stays_in_the_table(tmp_path: Path) -> None:
+    first = make_part(tmp_path)
+    commit_parts(tmp_path, first)
+    again = make_part(tmp_path, scale=1.0000001)
+    assert again.key == first.key
+    assert again.name != first.name
+    assert commit_parts(tmp_path, again) == 0
+    assert active_parts(open_table(str(tmp_path))) == {first.key: first}
+    assert {Path(info.path).name for info in list_parts(str(tmp_path))[first.key]} == {first.name, again.name}
+
+
+def test_parts_of_some_files_are_added_without_touching_others(tmp_path: Path) -> None:
+    a, b = make_part(tmp_path), make_part(tmp_path, path="/in/b.jsonl")
+    commit_parts(tmp_path, a, b)
+    changed = make_part(tmp_path, version="v2")
+    done = commit(str(tmp_path), {changed.key: changed}, SETTINGS.schema, job_name="docs", fingerprint="f1", whole=False)
+    assert (done.version, done.removed) == (1, {a.key: a})
+    assert active_parts(open_table(str(tmp_path))) == {changed.key: changed, b.key: b}
+
+
+def test_the_rows_of_a_document_in_chunks_stand_together(tmp_path: Path) -> None:
+    good = pa.table({"doc": ["x", "y"], "lang": ["en", "de"], "content_hash": ["h1", "h2"]})
+    part = build_part(good, chunk_rows(np.eye(3, 4, dtype=np.float32), (0, 0, 1), (0, 1, 0)), FLOATS)
+    assert part.select(["doc", "chunk", "lang", "content_hash"]).to_pylist() == [
+        {"doc": "x", "chunk": 0, "lang": "en", "content_hash": "h1"},
+        {"doc": "x", "chunk": 1, "lang": "en", "content_hash": "h1"},
+        {"doc": "y", "chunk": 0, "lang": "de", "content_hash": "h2"},
+    ]
+
+
+def test_dead_letters_are_counted_by_name_and_go_with_their_part_alone(tmp_path: Path) -> None:
+    keys = [SETTINGS.key_of(Unit(FILE, start, start + 5, 0)) for start in (0, 5, 10)]
+    dead = pa.Table.from_pylist([{"file": "a", "row": 1, "id": None, "reason": "r", "raw": ""}] * 3, DEAD_LETTER_SCHEMA)
+    for number, key in enumerate(keys):
+        write_dead_letters(str(tmp_path), key, dead.slice(0, number))
+    assert count_dead_letters(str(tmp_path)) == {keys[1]: 1, keys[2]: 2}
+    remove_dead_letters(str(tmp_path), [keys[1]])
+    assert count_dead_letters(str(tmp_path)) == {keys[2]: 2}
+
+
+def test_other_texts_ways_change_the_recipe_and_other_columns_do_not() -> None:
+    more = replace(SETTINGS, types=TYPES.append(pa.field("more", pa.string())))
+    assert more.recipe == SETTINGS.recipe
+    chunked = SPEC.model_copy(update={"chunks": ChunksSpec(tokens=32, overlap=4)})
+    recipes = [
+        SETTINGS.recipe,
+        replace(SETTINGS, fingerprint="f2").recipe,
+        replace(SETTINGS, input=chunked).recipe,
+        replace(SETTINGS, vectors=VectorFormat(dims=2)).recipe,
+        replace(SETTINGS, vectors=VectorFormat("binary")).recipe,
+    ]
+    assert len(set(recipes)) == len(recipes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 from deltalake import DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, create_table_with_add_actions
 
-from ullme_ray.embed.parts import Part, PartName
+from ullme_ray.embed.parts import Part, PartKey, parse_part_name
 from ullme_ray.errors import EmbedError, StorageError
 from ullme_ray.storage import is_remote
 from ullme_ray.table import delta_options, find_table, reason_of
@@ -20,7 +21,7 @@ _MAX_ATTEMPTS = 20
 _MAX_FAILURES = 5  # of the store; waits 2, 4, 8, 16 s between them
 
 
-def active_parts(table: DeltaTable | None) -> dict[PartName, Part]:
+def active_parts(table: DeltaTable | None) -> dict[PartKey, Part]:
     """The parts of a table's newest version. Costs the table's log, no data.
 
     Raises:
@@ -30,22 +31,33 @@ def active_parts(table: DeltaTable | None) -> dict[PartName, Part]:
         return {}
     parts = {}
     for action in pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes", "num_records"]).to_pylist():
-        name = PartName.parse(action["path"])
-        if name is None or action["num_records"] is None:
+        parsed = parse_part_name(action["path"])
+        if parsed is None or action["num_records"] is None:
             raise EmbedError(
-                f"the table {table.table_uri} holds {action['path']}, which no embed job wrote; change embed.output.path"
+                f"the table {table.table_uri} holds {action['path']}, which this version of ullme_ray did not write; "
+                f"change embed.output.path"
             )
-        parts[name] = Part(name, action["num_records"], action["size_bytes"])
+        parts[parsed[0]] = Part(*parsed, action["num_records"], action["size_bytes"])
     return parts
 
 
-def commit(path: str, wanted: Mapping[PartName, Part], schema: pa.Schema, *, job_name: str, fingerprint: str) -> int:
-    """Makes the table at `path` hold exactly the parts `wanted`; if it does already, nothing is written.
+@dataclass(frozen=True)
+class Commit:
+    """The version that holds the wanted parts, and the parts that this commit took out of the table."""
+
+    version: int
+    removed: dict[PartKey, Part]
+
+
+def commit(
+    path: str, wanted: Mapping[PartKey, Part], schema: pa.Schema, *, job_name: str, fingerprint: str, whole: bool = True
+) -> Commit:
+    """Makes the table at `path` hold the parts `wanted`; if it does already, nothing is written.
 
     A run that loses a race reads the winner's version and compares again: mostly there is nothing left to do.
 
-    Returns:
-        The version of the table that holds them.
+    Args:
+        whole: `wanted` is all that the table shall hold; else it is all parts of some files, and other files' parts stay.
 
     Raises:
         EmbedError: the table belongs to another job, or could not be committed to.
@@ -53,6 +65,7 @@ def commit(path: str, wanted: Mapping[PartName, Part], schema: pa.Schema, *, job
     delta_schema = Schema.from_arrow(schema)
     note = CommitProperties(custom_metadata={"ullme_ray": {"job": job_name, "fingerprint": fingerprint}}, max_commit_retries=0)
     failures = 0
+    files = {key.file for key in wanted}
     for attempt in range(_MAX_ATTEMPTS):
         table = find_table(path)
         check_owner(table, job_name)
@@ -66,20 +79,22 @@ def commit(path: str, wanted: Mapping[PartName, Part], schema: pa.Schema, *, job
                     storage_options=delta_options(path),
                     commit_properties=note,
                 )
-                return 0
+                return Commit(0, {})
             active = active_parts(table)
-            same_columns = table.schema() == delta_schema
-            if same_columns and active.keys() == wanted.keys():
-                return table.version()
-            if same_columns:
-                changes: list[AddAction | RemoveAction] = [_add(part) for name, part in wanted.items() if name not in active]
-                changes += [_remove(part) for name, part in active.items() if name not in wanted]
+            removed = {key: part for key, part in active.items() if key not in wanted and (whole or key.file in files)}
+            if table.schema() == delta_schema:
+                added = [part for key, part in wanted.items() if key not in active]
+                if not added and not removed:
+                    return Commit(table.version(), {})
+                changes: list[AddAction | RemoveAction] = [*map(_add, added), *map(_remove, removed.values())]
                 table.create_write_transaction(changes, "append", delta_schema, commit_properties=note)
-            else:  # other columns make other part names, so nothing is kept and the schema can change with the files
+            else:  # other columns make other parts, so nothing is kept and the schema can change with the files
+                assert whole, "a table cannot have the columns of some files only"
                 table.create_write_transaction(
                     [_add(part) for part in wanted.values()], "overwrite", delta_schema, commit_properties=note
                 )
-            return table.version() + 1  # without retries it is the next version or none; the handle stays at the one it read
+            # Without retries it is the next version or none; the handle stays at the one it read.
+            return Commit(table.version() + 1, removed)
         except CommitFailedError:
             pass  # another run was faster
         except (DeltaError, OSError) as error:
@@ -94,6 +109,12 @@ def commit(path: str, wanted: Mapping[PartName, Part], schema: pa.Schema, *, job
     raise EmbedError(f"the table {path} could not be committed to in {_MAX_ATTEMPTS} attempts, since other runs did; run again")
 
 
+def can_grow(path: str, schema: pa.Schema) -> bool:
+    """Whether parts of some files can be added before those of all others: not where the columns change."""
+    table = find_table(path)
+    return table is None or table.schema() == Schema.from_arrow(schema)
+
+
 def check_owner(table: DeltaTable | None, job_name: str) -> None:
     """Raises EmbedError for a table that another job made: its rows would be taken for removed ones."""
     if table is not None and table.metadata().name != job_name:
@@ -105,8 +126,8 @@ def check_owner(table: DeltaTable | None, job_name: str) -> None:
 
 def _add(part: Part) -> AddAction:
     now_ms = time.time_ns() // 1_000_000
-    return AddAction(str(part.name), part.num_bytes, {}, now_ms, True, json.dumps({"numRecords": part.num_rows}))
+    return AddAction(part.name, part.num_bytes, {}, now_ms, True, json.dumps({"numRecords": part.num_rows}))
 
 
 def _remove(part: Part) -> RemoveAction:
-    return RemoveAction(str(part.name), True, time.time_ns() // 1_000_000, part.num_bytes, {})
+    return RemoveAction(part.name, True, time.time_ns() // 1_000_000, part.num_bytes, {})

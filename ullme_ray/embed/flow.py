@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
-from ullme_ray.embed.actor import EmbedActor, EmbedContext, Outcome, outcome_of, read_step, unit_row, write_step
+from ullme_ray.embed.steps import EmbedActor, EmbedContext, Outcome, outcome_of, read_step, unit_row, write_step
 from ullme_ray.embed.units import Unit, embed_section
 from ullme_ray.errors import EmbedError
 from ullme_ray.ray_data import Attempts, Stage, configure_ray_data, explained, pool_limit, run_beside

@@ -1,7 +1,10 @@
-"""Parts: one immutable Parquet object per unit, named by what went into it.
+"""Parts: immutable Parquet objects, one per unit, named by what went into them and by what came out.
 
-`part-<file key>-<start>-<stop>-<version>.parquet`; version = hash(file version, model fingerprint, output settings). Equal
-names have equal content, so a part that exists is done, whoever wrote it, and a retry may overwrite it at any time.
+`part-<file>-<start>-<stop>-<recipe>-<version>-<content>.parquet`: recipe = hash of all that makes a text's vector (model
+fingerprint, chunks, vector format); version = hash of the file's version, recipe and columns; content = hash of the bytes. The
+first five are the part's key: a part of the wanted key is done, whoever wrote it. Vectors computed twice may differ in their
+last bits, so the name ends with the content: no object is ever written over, not even by a retry or by a second run, and a
+size in the table's log stays true.
 """
 
 from __future__ import annotations
@@ -9,67 +12,69 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from importlib.metadata import version as installed_version
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ullme_ray import storage
+from ullme_ray.embed.parquet import parquet_bytes
 from ullme_ray.embed.reading import kept_columns
 from ullme_ray.embed.units import InputFile, Unit
 from ullme_ray.errors import EmbedError
 from ullme_ray.spec.job import EmbedInputSpec
 from ullme_ray.table import PROVENANCE_KEY
+from ullme_ray.vectors import VectorFormat
 
 DEAD_LETTERS = "_dead_letters"  # readers of Delta tables and its vacuum leave folders with an underscore alone
-_LAYOUT = 1  # raised when the columns or the meaning of a part change
-_NAME = re.compile(r"(part|dead)-([0-9a-f]{16})-(\d+)-(\d+)-([0-9a-f]{16})\.parquet")
+_LAYOUT = 2  # raised when the columns or the meaning of a part change
+_HEX = "([0-9a-f]{16})"
+_PART = re.compile(rf"part-{_HEX}-(\d+)-(\d+)-{_HEX}-{_HEX}-{_HEX}\.parquet")
+_DEAD = re.compile(rf"dead-{_HEX}-(\d+)-(\d+)-{_HEX}-{_HEX}-(\d+)\.parquet")
 _OWN_COLUMNS = ("chunk", "embedding", "content_hash", "num_tokens", "truncated")
 
 
-@dataclass(frozen=True)
-class PartName:
-    """A part's file name, taken apart."""
+class PartKey(NamedTuple):
+    """What a part is for: rows [start, stop) of a version of a file, and how they are embedded."""
 
-    file_key: str
+    file: str
     start: int
     stop: int
+    recipe: str
     version: str
 
     def __str__(self) -> str:
-        return f"part-{self._stem}.parquet"
-
-    @property
-    def dead_letters(self) -> str:
-        """Path, below the table, of the bad rows of the same unit; there is no such file where there are none."""
-        return f"{DEAD_LETTERS}/dead-{self._stem}.parquet"
+        return "-".join(map(str, self))
 
     @property
     def num_rows(self) -> int:
-        """Rows that were read for it: those in the part and those in the dead letters."""
+        """Rows of the input: those in the part and those in the dead letters."""
         return self.stop - self.start
-
-    @property
-    def _stem(self) -> str:
-        return f"{self.file_key}-{self.start}-{self.stop}-{self.version}"
-
-    @classmethod
-    def parse(cls, path: str) -> PartName | None:
-        """None for the path of anything that is neither a part nor its dead letters."""
-        match = _NAME.fullmatch(path.rpartition("/")[2])
-        return cls(match[2], int(match[3]), int(match[4]), match[5]) if match else None
 
 
 @dataclass(frozen=True)
 class Part:
     """A part that lies in the table's folder."""
 
-    name: PartName
-    num_rows: int
+    key: PartKey
+    content: str
+    num_rows: int  # of the table: a document in several chunks has several
     num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.key}-{self.content}.parquet"
+
+
+def parse_part_name(path: str) -> tuple[PartKey, str] | None:
+    """Key and content of a part by its path; None for anything else."""
+    match = _PART.fullmatch(path.rpartition("/")[2])
+    return (PartKey(match[1], int(match[2]), int(match[3]), match[4], match[5]), match[6]) if match else None
 
 
 @dataclass(frozen=True)
@@ -79,26 +84,44 @@ class PartSettings:
     input: EmbedInputSpec
     types: pa.Schema  # of the id and pass-through columns
     fingerprint: str
+    vectors: VectorFormat
+
+    @cached_property
+    def recipe(self) -> str:
+        """The same recipe gives the same text the same vector, in whatever file and row it stands."""
+        chunks = self.input.chunks
+        return _short_hash(
+            {
+                "layout": _LAYOUT,
+                "fingerprint": self.fingerprint,
+                "chunks": (chunks.tokens, chunks.overlap) if chunks else None,
+                "vectors": self.vectors.token(),
+            }
+        )
 
     def version_of(self, file: InputFile) -> str:
-        """The same unit of a changed file, model or output gets another version, hence another name."""
-        given = {
-            "layout": _LAYOUT,
-            "file": file.version,
-            "fingerprint": self.fingerprint,
-            "id": self.input.id or f"generated from {file.name}",
-            "text": self.input.text,
-            "columns": [(field.name, str(field.type)) for field in self.types],
-        }
-        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+        """A changed file, recipe or choice of columns gives another version, hence another part."""
+        return _short_hash(
+            {
+                "recipe": self.recipe,
+                "file": file.version,
+                "id": self.input.id or f"generated from {file.name}",
+                "text": self.input.text,
+                "columns": [(field.name, str(field.type)) for field in self.types],
+            }
+        )
 
-    def part_name(self, unit: Unit) -> PartName:
-        return PartName(unit.file.key, unit.start, unit.stop, self.version_of(unit.file))
+    def key_of(self, unit: Unit) -> PartKey:
+        return PartKey(unit.file.key, unit.start, unit.stop, self.recipe, self.version_of(unit.file))
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of the table, in order; `embedding` as Delta sees it, a list (parts also say its length)."""
-        return table_schema(self.types, pa.list_(pa.float32()))
+        """Columns of the table, in order; `embedding` as Delta sees it (parts also say its length)."""
+        return table_schema(self.types, self.vectors.delta_type)
+
+
+def _short_hash(given: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def table_schema(types: pa.Schema, embedding: pa.DataType) -> pa.Schema:
@@ -125,72 +148,110 @@ def check_column_names(spec: EmbedInputSpec) -> None:
             raise EmbedError(f"embed.input.columns: {name} would be in the table twice; name it once")
 
 
-def build_part(good: pa.Table, vectors: np.ndarray, num_tokens: list[int], truncated: list[bool]) -> pa.Table:
-    """The part's rows from `UnitRows.good` and its vectors (N, D) float32."""
-    num_rows, dim = vectors.shape
-    # Built by hand: a two-dimensional numpy column would be written as a list of any length.
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1)), dim)
+@dataclass(frozen=True)
+class ChunkRows:
+    """Vectors and their facts, one row per chunk, in the order of the documents that `document` numbers."""
+
+    document: np.ndarray  # (M,) int64, ascending
+    chunk: np.ndarray  # (M,) int32, from 0 within a document
+    embedding: np.ndarray  # (M, D), as the table stores it
+    num_tokens: np.ndarray  # (M,) int32
+    truncated: np.ndarray  # (M,) bool
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def take(self, rows: np.ndarray) -> ChunkRows:
+        return ChunkRows(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @staticmethod
+    def join(pieces: Sequence[ChunkRows]) -> ChunkRows:
+        """All rows, piece after piece."""
+        return ChunkRows(*(np.concatenate([getattr(p, field.name) for p in pieces]) for field in fields(ChunkRows)))
+
+
+def build_part(good: pa.Table, chunks: ChunkRows, vectors: VectorFormat) -> pa.Table:
+    """The part's rows: each document of `UnitRows.good` once per chunk, beside the chunk's vector."""
+    rows = good.take(pa.array(chunks.document))
+    embedding = vectors.to_arrow(chunks.embedding)
     types = pa.schema([field for field in good.schema if field.name != "content_hash"])
     own = {
-        "chunk": pa.array(np.zeros(num_rows, np.int32)),
+        "chunk": pa.array(chunks.chunk),
         "embedding": embedding,
-        "content_hash": good["content_hash"],
-        "num_tokens": pa.array(num_tokens, pa.int32()),
-        "truncated": pa.array(truncated, pa.bool_()),
+        "content_hash": rows["content_hash"],
+        "num_tokens": pa.array(chunks.num_tokens),
+        "truncated": pa.array(chunks.truncated),
     }
     schema = table_schema(types, embedding.type)
-    return pa.table([own[name] if name in own else good[name] for name in schema.names], schema=schema)
+    return pa.table([own[name] if name in own else rows[name] for name in schema.names], schema=schema)
 
 
 def write_part(folder: str, job_name: str, unit: Unit, settings: PartSettings, rows: pa.Table) -> Part:
     """Encodes a part in memory and publishes it in one operation."""
-    name = settings.part_name(unit)
+    key = settings.key_of(unit)
     provenance = {
         "job": job_name,
         "fingerprint": settings.fingerprint,
         "file": unit.file.path,
         "file_version": unit.file.version,
         "rows": [unit.start, unit.stop],
+        "offset": unit.offset,
+        "vectors": settings.vectors.provenance(rows.schema.field("embedding").type.list_size),
         "software": {package: installed_version(package) for package in ("ullme_ray", "torch", "transformers", "pyarrow")},
     }
     rows = rows.replace_schema_metadata({PROVENANCE_KEY: json.dumps(provenance)})
-    data = _parquet_bytes(rows)
-    storage.write_bytes(storage.join(folder, str(name)), data)
-    return Part(name, rows.num_rows, len(data))
+    data = parquet_bytes(rows)
+    part = Part(key, hashlib.sha256(data).hexdigest()[:16], rows.num_rows, len(data))
+    storage.write_bytes(storage.join(folder, part.name), data)
+    return part
 
 
-def write_dead_letters(folder: str, name: PartName, dead: pa.Table) -> None:
-    """Publishes a unit's bad rows. Comes before its part, so that a unit that is done has its dead letters too."""
-    if dead.num_rows:
-        storage.write_bytes(storage.join(folder, name.dead_letters), _parquet_bytes(dead))
-
-
-def _parquet_bytes(rows: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd")
-    return bytes(sink.getvalue())
-
-
-def list_parts(folder: str) -> dict[PartName, int]:
-    """The parts that lie in a table's folder, committed or not, with their size in bytes. Costs one listing."""
+def list_parts(folder: str) -> dict[PartKey, list[storage.FileInfo]]:
+    """The parts that lie in a table's folder, committed or not. Costs one listing."""
     prefix = folder.rstrip("/") + "/part-"
-    names = {info.path: info.num_bytes for info in storage.list_files(folder) if info.path.startswith(prefix)}
-    return {name: num_bytes for path, num_bytes in names.items() if (name := PartName.parse(path)) is not None}
+    found: dict[PartKey, list[storage.FileInfo]] = {}
+    for info in storage.list_files(folder):
+        if info.path.startswith(prefix) and (parsed := parse_part_name(info.path)) is not None:
+            found.setdefault(parsed[0], []).append(info)
+    return found
 
 
-def open_part(folder: str, name: PartName, num_bytes: int) -> Part | None:
+def open_part(info: storage.FileInfo) -> Part | None:
     """A part that an earlier run left, or None if it is damaged. Costs reading its footer."""
+    parsed = parse_part_name(info.path)
+    assert parsed is not None
     try:
-        with storage.open_read(storage.join(folder, str(name))) as stream:
-            return Part(name, int(pq.read_metadata(stream).num_rows), num_bytes)
+        with storage.open_read(info.path) as stream:
+            return Part(*parsed, int(pq.read_metadata(stream).num_rows), info.num_bytes)
     except (pa.ArrowException, FileNotFoundError):
         return None
 
 
-def remove_stale_dead_letters(folder: str, current: Iterable[PartName]) -> None:
-    """Removes the dead letters of units that the table no longer has."""
-    keep = {name.dead_letters for name in current}
-    base = storage.join(folder, DEAD_LETTERS)
-    for info in storage.list_files(base):
-        if f"{DEAD_LETTERS}/{info.path.rpartition('/')[2]}" not in keep:
+def write_dead_letters(folder: str, key: PartKey, dead: pa.Table) -> None:
+    """Publishes a unit's bad rows. Comes before its part, so that a unit that is done has its dead letters too."""
+    if dead.num_rows:
+        storage.write_bytes(storage.join(folder, dead_letters_path(key, dead.num_rows)), parquet_bytes(dead))
+
+
+def dead_letters_path(key: PartKey, count: int) -> str:
+    """Path, below the table, of a unit's bad rows."""
+    return f"{DEAD_LETTERS}/dead-{key}-{count}.parquet"
+
+
+def count_dead_letters(folder: str) -> dict[PartKey, int]:
+    """How many bad rows each unit had; one that is not there had none. Costs one listing."""
+    counts = {}
+    for info in storage.list_files(storage.join(folder, DEAD_LETTERS)):
+        if match := _DEAD.fullmatch(info.path.rpartition("/")[2]):
+            counts[PartKey(match[1], int(match[2]), int(match[3]), match[4], match[5])] = int(match[6])
+    return counts
+
+
+def remove_dead_letters(folder: str, keys: Iterable[PartKey]) -> None:
+    """Removes the dead letters of units that a commit took out of the table; those of other runs at work stay."""
+    gone = {f"dead-{key}" for key in keys}
+    if not gone:
+        return
+    for info in storage.list_files(storage.join(folder, DEAD_LETTERS)):
+        if info.path.rpartition("/")[2].rpartition("-")[0] in gone:
             storage.remove(info.path)

@@ -1,79 +1,49 @@
 """Batch embedding from corpus to table. Read `run_embed` first: plan, embed what is missing, commit once.
 
 A crash at any point leaves only parts, and the next run embeds only the units that have none. A run without changes costs a
-listing of the corpus and the table's log. Rows of a changed file are not compared one by one: it is embedded anew.
+listing of the corpus and the table's log. Of a changed or new file, only texts that the table does not hold yet are embedded.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import ray
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from ullme_ray import storage
-from ullme_ray.embed.actor import EmbedContext, Outcome
-from ullme_ray.embed.commit import active_parts, check_owner, commit
-from ullme_ray.embed.flow import STAGE, run_units
+from ullme_ray.embed.calibration import vector_ranges
+from ullme_ray.embed.commit import Commit, active_parts, can_grow, check_owner, commit
+from ullme_ray.embed.duplicates import Duplicates, find_duplicate_ids
+from ullme_ray.embed.flow import run_units
+from ullme_ray.embed.index import build_index
 from ullme_ray.embed.parts import (
     DEAD_LETTERS,
     Part,
-    PartName,
+    PartKey,
     PartSettings,
     check_column_names,
-    list_parts,
-    open_part,
-    remove_stale_dead_letters,
+    remove_dead_letters,
 )
-from ullme_ray.embed.planning import list_input, split_file
+from ullme_ray.embed.planning import list_input
 from ullme_ray.embed.reading import column_types
-from ullme_ray.embed.units import InputFile, Unit, embed_section
+from ullme_ray.embed.report import EmbedReport, save_report
+from ullme_ray.embed.run_plan import RunPlan, make_plan
+from ullme_ray.embed.steps import EmbedContext, Forward, Outcome
+from ullme_ray.embed.units import embed_section, num_files
+from ullme_ray.embed.vacuum import remove_old_files
 from ullme_ray.errors import EmbedError
 from ullme_ray.progress import Progress
-from ullme_ray.ray_data import explained
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
 from ullme_ray.store_probes import keeps_exclusive_puts
 from ullme_ray.table import find_table
+from ullme_ray.vectors import VectorFormat
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class EmbedReport:
-    """What a run did. `rows` = `rows_embedded` + `rows_reused` + `rows_dead`; `tokens` and the rate count this run's work."""
-
-    files: int
-    units_total: int
-    units_embedded: int
-    units_reused: int
-    rows: int
-    rows_embedded: int
-    rows_reused: int
-    rows_dead: int
-    tokens: int
-    seconds: float
-    tokens_per_s: float
-    table: str
-    version: int
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run has to do: parts that are done, and units that have none."""
-
-    files: list[InputFile]
-    done: dict[PartName, Part]
-    missing: list[Unit]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(name.num_rows for name in self.done) + sum(unit.num_rows for unit in self.missing)
+_ACTIVE_ACTOR_S = 60.0  # an actor that finished a unit within this time counts as at work
+_RECENT_UNITS = 100  # that the bar tells the padding of
 
 
 def preflight(job: JobSpec) -> None:
@@ -92,6 +62,15 @@ def preflight(job: JobSpec) -> None:
     check_owner(find_table(table), job.name)
 
 
+def check_chunks(job: JobSpec) -> None:
+    """Raises ModelError where a chunk, with the prompt around it, is too long for the model. Opens the tokenizer."""
+    chunks = embed_section(job).input.chunks
+    if chunks is not None:
+        from ullme_ray.model import open_tokenizer
+
+        open_tokenizer(job).check_chunks(chunks.tokens, "passage")
+
+
 def run_embed(job: JobSpec, *, progress: bool = True) -> EmbedReport:
     """Brings the table at `embed.output.path` in line with the corpus and the model. Ray must be initialised.
 
@@ -99,114 +78,103 @@ def run_embed(job: JobSpec, *, progress: bool = True) -> EmbedReport:
         EmbedError: an input file cannot be read, no row can be embedded, or the table cannot be committed to. The parts written
             so far stay, and the next run goes on from them.
     """
-    from ullme_ray.model import encoder_fingerprint
-
     started = time.monotonic()
-    embed = embed_section(job)
-    check_column_names(embed.input)
-    files = list_input(job)
-    settings = PartSettings(embed.input, column_types(files[0], embed.input), encoder_fingerprint(job))
-    context = EmbedContext(job, RunFolder.of(job).resolve(embed.output.path), settings)
-    table = find_table(context.folder)
-    check_owner(table, job.name)
-
-    plan = make_plan(files, context, active_parts(table))
-    outcomes = _embed_missing(plan, context, progress) if plan.missing else []
-    wanted = {**plan.done, **{outcome.part.name: outcome.part for outcome in outcomes}}
-    _check_all_rows_accounted(plan, outcomes, wanted, context.folder)
-    version = commit(context.folder, wanted, settings.schema, job_name=job.name, fingerprint=settings.fingerprint)
-    remove_stale_dead_letters(context.folder, wanted)
-
-    seconds = time.monotonic() - started
-    tokens = sum(outcome.num_tokens for outcome in outcomes)
-    rows_in_table = sum(part.num_rows for part in wanted.values())
-    rows_embedded = sum(outcome.part.num_rows for outcome in outcomes)
-    report = EmbedReport(
-        files=len(files),
-        units_total=len(wanted),
-        units_embedded=len(outcomes),
-        units_reused=len(plan.done),
-        rows=plan.num_rows,
-        rows_embedded=rows_embedded,
-        rows_reused=rows_in_table - rows_embedded,
-        rows_dead=plan.num_rows - rows_in_table,
-        tokens=tokens,
-        seconds=seconds,
-        tokens_per_s=tokens / seconds,
-        table=context.folder,
-        version=version,
-        fingerprint=settings.fingerprint,
-    )
-    storage.write_text(storage.join(RunFolder.of(job).root, "embed_report.json"), json.dumps(asdict(report), indent=2) + "\n")
+    check_chunks(job)
+    context, plan = open_run(job)
+    run = _Run(context, plan, started)
+    if plan.missing:
+        _embed_missing(run, show=progress)
+    wanted = run.all_parts()
+    _check_all_rows_accounted(run, wanted)
+    run.commit(wanted, whole=True)
+    has_changed = bool(run.outcomes or run.removed)
+    remove_old_files(job)
+    report = _report(run, wanted, find_duplicate_ids(context, wanted) if has_changed else Duplicates(None))
+    save_report(job, report)
     return report
 
 
-def make_plan(files: list[InputFile], context: EmbedContext, active: dict[PartName, Part]) -> Plan:
-    """Finds what is done. A file with parts of the wanted version in the table is done whole: a commit never holds half a file.
+def open_run(job: JobSpec) -> tuple[EmbedContext, RunPlan]:
+    """What every step of the run needs to know, and what there is to do. Ray must be initialised."""
+    from ullme_ray.model import encoder_fingerprint
 
-    Only the other files are opened. Their units are compared with parts that a broken run may have left in the folder.
-    """
-    in_table: dict[tuple[str, str], list[Part]] = {}
-    for name, part in active.items():
-        in_table.setdefault((name.file_key, name.version), []).append(part)
-    done: dict[PartName, Part] = {}
-    to_split = []
-    for file in files:
-        parts = in_table.get((file.key, context.settings.version_of(file)))
-        if parts is None:
-            to_split.append(file)
-        else:
-            done.update((part.name, part) for part in parts)
-    missing = []
-    if to_split:
-        left_behind = list_parts(context.folder)
-        for unit in _split_on_ray(to_split, embed_section(context.job).rows_per_unit):
-            name = context.settings.part_name(unit)
-            found = open_part(context.folder, name, left_behind[name]) if name in left_behind else None
-            if found is None:
-                missing.append(unit)
-            else:
-                done[name] = found
-    return Plan(files, done, missing)
+    embed = embed_section(job)
+    check_column_names(embed.input)
+    files = list_input(job)
+    folder = RunFolder.of(job).resolve(embed.output.path)
+    table = find_table(folder)
+    check_owner(table, job.name)
+    types, vectors = column_types(files[0], embed.input), VectorFormat.of(embed.output)
+    settings = PartSettings(embed.input, types, encoder_fingerprint(job), vectors)
+    if vectors.is_scaled:
+        settings = replace(settings, vectors=vector_ranges(EmbedContext(job, folder, settings), files))
+    active = active_parts(table)
+    plan = make_plan(files, folder, settings, active, embed.rows_per_unit)
+    known = [part for key, part in active.items() if key.recipe == settings.recipe]
+    index = build_index(folder, known) if plan.missing else None
+    return EmbedContext(job, folder, settings, index), plan
 
 
-def _split_on_ray(files: list[InputFile], rows_per_unit: int) -> Iterator[Unit]:
-    """As `units.split_files`, but on the cluster, since counting the rows of text files reads them."""
-    split = ray.remote(split_file).options(num_cpus=1)
-    window = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    pending: list[Any] = []
-    for position in range(len(files) + window):
-        if position < len(files):
-            pending.append(split.remote(files[position], rows_per_unit))
-        if position >= window and pending:
-            yield from _get(pending.pop(0))
-    for reference in pending:
-        yield from _get(reference)
+@dataclass
+class _Run:
+    """A run while it goes on."""
+
+    context: EmbedContext
+    plan: RunPlan
+    started: float
+    outcomes: list[Outcome] = field(default_factory=list)
+    version: int = -1
+    removed: dict[PartKey, Part] = field(default_factory=dict)
+
+    def all_parts(self) -> dict[PartKey, Part]:
+        return {**self.plan.done, **{outcome.part.key: outcome.part for outcome in self.outcomes}}
+
+    def commit(self, wanted: dict[PartKey, Part], *, whole: bool) -> None:
+        context = self.context
+        done: Commit = commit(
+            context.folder,
+            wanted,
+            context.settings.schema,
+            job_name=context.job.name,
+            fingerprint=context.settings.fingerprint,
+            whole=whole,
+        )
+        self.version = done.version
+        self.removed |= done.removed
+        remove_dead_letters(context.folder, done.removed)
 
 
-def _get(reference: Any) -> list[Unit]:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayError as error:
-        raise explained(STAGE, error) from error
-
-
-def _embed_missing(plan: Plan, context: EmbedContext, show: bool) -> list[Outcome]:
-    """Runs the missing units through the pipeline."""
-    done_before = sum(name.num_rows for name in plan.done)
-    outcomes: list[Outcome] = []
-    started = time.monotonic()
-    rows, tokens = done_before, 0
+def _embed_missing(run: _Run, *, show: bool) -> None:
+    """Runs the missing units through the pipeline, and publishes finished files on the way where the job asks for it."""
+    plan = run.plan
+    started = published = time.monotonic()
+    every = embed_section(run.context.job).publish_every_minutes
+    grows = every is not None and can_grow(run.context.folder, run.context.settings.schema)
+    rows_before = sum(key.num_rows for key in plan.done)
+    rows, tokens, seen = rows_before, 0, {}
     with Progress("embed", plan.num_rows) if show else _Silent() as bar:
         if plan.done:
-            bar.note(f"{len(plan.done)} units are done already, {len(plan.missing)} are left")
-        bar.update(done_before)
-        for outcome in run_units(plan.missing, context):
-            outcomes.append(outcome)
-            rows += outcome.part.name.num_rows
-            tokens += outcome.num_tokens
-            bar.update(rows, tokens_per_s=tokens / (time.monotonic() - started))
-    return outcomes
+            bar.note(f"{len(plan.done):,} units are done already, {len(plan.missing):,} are left")
+        bar.update(rows)
+        for outcome in run_units(plan.missing, run.context):
+            now = time.monotonic()
+            run.outcomes.append(outcome)
+            rows += outcome.part.key.num_rows
+            tokens += outcome.forward.num_tokens
+            seen[outcome.forward.actor] = now
+            actors = sum(now - at < _ACTIVE_ACTOR_S for at in seen.values())
+            padding = f"{_padding_share([done.forward for done in run.outcomes[-_RECENT_UNITS:]]):.1%}"
+            bar.update(rows, tokens_per_s=tokens / (now - started), padding=padding, actors=actors)
+            if grows and every is not None and now - published > 60.0 * every:
+                if finished := plan.parts_of_whole_files(run.all_parts()):
+                    run.commit(finished, whole=False)
+                    bar.note(f"published {len(finished):,} units as version {run.version}")
+                published = time.monotonic()
+
+
+def _padding_share(forwards: Sequence[Forward]) -> float:
+    positions = sum(forward.num_positions for forward in forwards)
+    return 1.0 - sum(forward.num_tokens for forward in forwards) / positions if positions else 0.0
 
 
 class _Silent:
@@ -225,21 +193,63 @@ class _Silent:
         pass
 
 
-def _check_all_rows_accounted(plan: Plan, outcomes: list[Outcome], wanted: dict[PartName, Part], folder: str) -> None:
-    """Rows in = embedded + dead-lettered, unit by unit, before anything is committed.
+def _check_all_rows_accounted(run: _Run, wanted: dict[PartKey, Part]) -> None:
+    """Rows in = embedded + copied + dead-lettered, unit by unit, before anything is committed.
 
     Raises:
         EmbedError: not a single row could be embedded.
     """
+    plan, outcomes = run.plan, run.outcomes
     assert len(outcomes) == len(plan.missing), f"{len(plan.missing)} units went in, {len(outcomes)} came out"
     assert len(wanted) == len(plan.done) + len(outcomes), "a unit came out twice"
     for outcome in outcomes:
-        name, num_rows = outcome.part.name, outcome.part.num_rows
-        assert name.num_rows == num_rows + outcome.num_dead, (
-            f"{name}: {name.num_rows} rows in, {num_rows} + {outcome.num_dead} out"
-        )
+        num_rows = outcome.num_embedded + outcome.num_copied
+        assert outcome.part.key.num_rows == num_rows + outcome.num_dead, f"{outcome.part.name}: rows are missing"
+        assert outcome.part.num_rows >= num_rows, f"{outcome.part.name}: documents without a vector"
     if plan.num_rows and not any(part.num_rows for part in wanted.values()):
         raise EmbedError(
-            f"none of the {plan.num_rows} rows could be embedded; {storage.join(folder, DEAD_LETTERS)} tells why, row by row; "
-            f"check embed.input.text and embed.input.id"
+            f"none of the {plan.num_rows} rows could be embedded; {storage.join(run.context.folder, DEAD_LETTERS)} tells why, "
+            f"row by row; check embed.input.text and embed.input.id"
         )
+
+
+def _report(run: _Run, wanted: dict[PartKey, Part], duplicates: Duplicates) -> EmbedReport:
+    plan, outcomes = run.plan, run.outcomes
+    seconds = time.monotonic() - run.started
+    forwards = [outcome.forward for outcome in outcomes]
+    tokens, peak_flop = sum(f.num_tokens for f in forwards), sum(f.peak_flop for f in forwards)
+    embedded, copied = sum(o.num_embedded for o in outcomes), sum(o.num_copied for o in outcomes)
+    dead_before = sum(plan.dead.get(key, 0) for key in plan.done)
+    price = embed_section(run.context.job).price_per_hour
+    worked = embedded + copied
+    return EmbedReport(
+        files=num_files(plan.files),
+        files_new=num_files(plan.new),
+        files_changed=num_files(plan.changed),
+        files_removed=plan.num_removed,
+        units_total=len(wanted),
+        units_embedded=len(outcomes),
+        units_reused=len(plan.done),
+        rows=plan.num_rows,
+        rows_embedded=embedded,
+        rows_copied=copied,
+        rows_reused=sum(key.num_rows for key in plan.done) - dead_before,
+        rows_dead=dead_before + sum(outcome.num_dead for outcome in outcomes),
+        table_rows=sum(part.num_rows for part in wanted.values()),
+        truncated_rows=sum(outcome.num_truncated for outcome in outcomes),
+        duplicate_ids=duplicates.num_ids,
+        duplicate_examples=duplicates.examples,
+        tokens=tokens,
+        padding_share=_padding_share(forwards),
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        rows_per_s=worked / seconds,
+        mfu=sum(f.flop for f in forwards) / peak_flop if peak_flop and tokens else None,
+        retries=sum(outcome.retries for outcome in outcomes),
+        bytes_written=sum(outcome.part.num_bytes for outcome in outcomes),
+        table_bytes=sum(part.num_bytes for part in wanted.values()),
+        cost_per_million_rows=price * seconds / 3600.0 / worked * 1e6 if price is not None and worked else None,
+        table=run.context.folder,
+        version=run.version,
+        fingerprint=run.context.settings.fingerprint,
+    )

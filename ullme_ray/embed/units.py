@@ -113,6 +113,11 @@ def units_at(file: InputFile, offsets: Iterable[int], rows_per_unit: int) -> lis
     ]
 
 
+def num_files(files: Iterable[InputFile]) -> int:
+    """Files of the corpus, where each plain text of a group counts."""
+    return sum(file.num_files for file in files)
+
+
 def embed_section(job: JobSpec) -> EmbedSpec:
     if job.embed is None:
         raise EmbedError("this job has no embed section; add embed: {input: {path: ...}}")

@@ -12,6 +12,7 @@ from ullme_ray.model.encoder import (
     open_encoder,
     open_tokenizer,
 )
+from ullme_ray.model.speed import non_embedding_parameters, peak_flops
 from ullme_ray.model.tokenizing import TextTokenizer, Tokens
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "encoder_fingerprint",
     "encoder_folder",
     "ensure_base",
+    "non_embedding_parameters",
     "open_encoder",
     "open_tokenizer",
+    "peak_flops",
 ]

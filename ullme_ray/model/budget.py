@@ -27,6 +27,7 @@ class TokenBudget:
     """Tokens of one forward pass; it shrinks when memory runs out, and stays so for the work that follows."""
 
     tokens: int
+    positions: int = 0  # run so far, padding included
 
     def work(self, lengths: Sequence[int], forward: Callable[[list[int]], None], *, padded: bool) -> None:
         """Calls `forward` with the numbers of the rows of each batch, so that every row is done once. Longest rows first.
@@ -42,15 +43,16 @@ class TokenBudget:
         while done < len(order):
             count = count_rows([lengths[row] for row in order[done : done + self.tokens]], self.tokens, padded=padded)
             rows = order[done : done + count]
+            size = count * lengths[rows[0]] if padded else sum(lengths[row] for row in rows)
             if _has_memory_for(forward, rows):
                 done += count
+                self.positions += size
             elif count == 1:
                 raise EmbedError(
                     f"a single text of {lengths[rows[0]]} tokens does not fit into memory beside the model; lower "
                     f"model.max_tokens, let fewer processes share the machine or GPU, or take one with more memory"
                 )
             else:
-                size = count * lengths[rows[0]] if padded else sum(lengths[row] for row in rows)
                 self.tokens = size // 2
 
 

@@ -217,6 +217,9 @@ class EmbedOutputSpec(Section):
     mantissa_bits: Annotated[int, Field(ge=1, le=22)] | None = Field(
         None, description="Round float32 to so many of its 23 mantissa bits; with 10 a table takes half the bytes. Absent: all."
     )
+    retention_hours: PositiveInt | None = Field(
+        168, description="Hours that files which left the table stay for readers and time travel; null keeps them for ever."
+    )
 
 
 class ActorsSpec(Section):
@@ -239,6 +242,12 @@ class EmbedSpec(Section):
     )
     unpadded: Unpadded = Field(
         "auto", description="Attention without padding: auto uses it where the model computes the same, on insists, off pads."
+    )
+    publish_every_minutes: Positive | None = Field(
+        None, description="Also commit finished files so often while the run goes on; absent means one commit at its end."
+    )
+    price_per_hour: Positive | None = Field(
+        None, description="Price of the whole cluster per hour, in any currency: the report then tells cost per million rows."
     )
 
 

@@ -18,6 +18,7 @@ from ullme_ray.model.adapters import ENCODE, merge_lora
 from ullme_ray.model.backbone import DTYPES, base_folder
 from ullme_ray.model.encoder import open_tokenizer
 from ullme_ray.model.export import export_encoder
+from ullme_ray.model.speed import non_embedding_parameters, peak_flops
 from ullme_ray.model.two_pass import build_two_pass
 from ullme_ray.pairs import data_fingerprint, read_sources
 from ullme_ray.spec.job import JobSpec, TrainSpec
@@ -26,7 +27,7 @@ from ullme_ray.train.checkpoint import TrainState, open_checkpoint, restore_stat
 from ullme_ray.train.collate import TrainBatch, collate, shortest_first
 from ullme_ray.train.collectives import gather_objects, world
 from ullme_ray.train.data import BatchSampler
-from ullme_ray.train.metrics import MetricsLog, memory_bytes, peak_flops, speed
+from ullme_ray.train.metrics import MetricsLog, memory_bytes, speed
 from ullme_ray.train.open_engine import open_engine
 from ullme_ray.train.reference import Table, ensure_reference, reference_logps
 from ullme_ray.train.step import total_tokens, train_step
@@ -63,7 +64,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
         gradient_checkpointing=train.gradient_checkpointing,
         seed=job.seed,
     )
-    num_parameters = _non_embedding_parameters(module.causal_lm)
+    num_parameters = non_embedding_parameters(module.causal_lm)
     validator = Validator(job, tokenizer) if train.validation is not None else None
 
     # Resume: weights before the engine is made of them, then what the optimizer keeps
@@ -204,8 +205,3 @@ def _export(job: JobSpec, at: TrainState) -> None:
         head = module.head.to(DTYPES[job.model.dtype]) if module.head is not None else None
         export_encoder(backbone, tokenizer, job, f"{local}/model", training=training, head=head)
         storage.put_folder(f"{local}/model", run.export, last="modules.json")
-
-
-def _non_embedding_parameters(lm: Any) -> int:
-    embedding = lm.get_input_embeddings()
-    return sum(p.numel() for p in lm.base_model.parameters()) - sum(p.numel() for p in embedding.parameters())

@@ -1,0 +1,203 @@
+"""The nightly run: only new texts go to the model, whatever became of the files they stand in."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ullme_ray import storage
+from ullme_ray.embed import describe_table, dry_run, remove_old_files, run_embed, verify_table
+from ullme_ray.errors import EmbedError
+from ullme_ray.model import open_tokenizer
+from ullme_ray.spec.job import JobSpec
+from ullme_ray.table import open_table
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+NUM_ROWS = 200
+
+
+def make_job(folder: Path, base: str, **changes: Any) -> JobSpec:
+    embed: dict[str, Any] = {
+        "input": {"path": f"{folder}/in", "id": "id", "columns": ["lang"]},
+        "rows_per_unit": 16,
+        "price_per_hour": 3.6,
+    }
+    model: dict[str, Any] = {"base": base, "max_tokens": 48}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        {"model": model, "embed": embed, "input": embed["input"]}[section][name] = value
+    return JobSpec.model_validate({"name": "docs", "storage": f"{folder}/runs", "model": model, "embed": embed})
+
+
+def make_rows(count: int = NUM_ROWS, *, start: int = 0) -> list[dict[str, Any]]:
+    return [{"id": f"d{n}", "text": f"row {n} " + "bucket key " * (n % 9), "lang": "en"} for n in range(start, start + count)]
+
+
+def write_files(folder: Path, rows: list[dict[str, Any]], num_files: int, prefix: str) -> None:
+    """The whole corpus anew, in files of other names and sizes."""
+    storage.remove(f"{folder}/in")
+    size = -(-len(rows) // num_files)
+    for number in range(num_files):
+        lines = "".join(json.dumps(row) + "\n" for row in rows[number * size : (number + 1) * size])
+        storage.write_text(f"{folder}/in/{prefix}-{number}.jsonl", lines)
+
+
+def read(folder: Path) -> dict[str, tuple[str, list[float]]]:
+    """id -> (content hash, vector) of tables with one chunk a document; ids are unique."""
+    rows = open_table(f"{folder}/runs/docs/embeddings").to_pyarrow_table().to_pylist()
+    found = {row["id"]: (row["content_hash"], row["embedding"]) for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def tokens_of(job: JobSpec, rows: list[dict[str, Any]]) -> int:
+    return open_tokenizer(job).tokenize([row["text"] for row in rows], "passage").num_tokens
+
+
+def test_a_corpus_with_some_rows_changed_new_and_removed_costs_those_alone(tmp_path: Path, tiny_base: str) -> None:
+    job = make_job(tmp_path, tiny_base)
+    rows = make_rows()
+    write_files(tmp_path, rows, 3, "monday")
+    first = run_embed(job)
+    assert (first.rows_embedded, first.tokens) == (NUM_ROWS, tokens_of(job, rows))
+    assert first.cost_per_million_rows == pytest.approx(first.seconds / 1000 / NUM_ROWS * 1e6)
+    assert first.mfu is not None
+    assert 0 < first.mfu < 1
+    before = read(tmp_path)
+
+    changed = [{**row, "text": row["text"] + " changed"} for row in rows[:10]]
+    new = make_rows(6, start=NUM_ROWS)
+    tuesday = [*changed, *rows[10:-4], *new]
+    random.Random(1).shuffle(tuesday)
+    write_files(tmp_path, tuesday, 5, "tuesday")  # other names, order and sizes, as a nightly export does
+    planned = dry_run(job)
+    assert (planned.files_new, planned.files_removed, planned.rows_to_read) == (5, 3, len(tuesday))
+    assert 0 < planned.rows_to_embed_estimate < 60
+    second = run_embed(job)
+    assert (second.rows_embedded, second.rows_copied, second.rows) == (16, len(tuesday) - 16, len(tuesday))
+    assert second.tokens == tokens_of(job, [*changed, *new])
+    assert (second.files_new, second.files_removed) == (5, 3)
+    after = read(tmp_path)
+    assert after.keys() == {row["id"] for row in tuesday}
+    same = before.keys() & after.keys() - {row["id"] for row in changed}
+    assert len(same) == NUM_ROWS - 14
+    assert all(after[i] == before[i] for i in same)
+    assert all(after[row["id"]][0] != before[row["id"]][0] for row in changed)
+
+    third = run_embed(job)
+    assert (third.units_embedded, third.tokens, third.rows_reused, third.version) == (0, 0, len(tuesday), second.version)
+    assert verify_table(job, num_rows=40).rows == 40
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model__prompts": {"passage": "a key "}},
+        {"model__pooling": "lasttoken"},
+        {"model__max_tokens": 16},
+        {"embed__output": {"dims": 16}},
+        {"embed__output": {"dtype": "int8"}},
+        {"input__chunks": {"tokens": 8, "overlap": 2}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_changes_a_vector_embeds_all_again(tmp_path: Path, tiny_base: str, change: dict[str, Any]) -> None:
+    rows = make_rows(20)
+    write_files(tmp_path, rows, 1, "a")
+    run_embed(make_job(tmp_path, tiny_base))
+    other = make_job(tmp_path, tiny_base, **change)
+    report = run_embed(other)
+    assert (report.rows_embedded, report.rows_copied, report.rows_reused) == (20, 0, 0)
+    assert report.files_changed == 1
+    assert verify_table(other, num_rows=10).lowest_cosine > 0.99999
+
+
+def test_equal_texts_are_embedded_once_and_long_ones_in_chunks(tmp_path: Path, tiny_base: str) -> None:
+    texts = ["same text", "bucket key value " * 12, "same text", "short", "bucket key value " * 12]
+    rows = [{"id": str(n), "text": text, "lang": "en"} for n, text in enumerate(texts)]
+    write_files(tmp_path, rows, 1, "a")
+    job = make_job(tmp_path, tiny_base, input__chunks={"tokens": 10, "overlap": 2})
+    report = run_embed(job)
+    stored = open_table(report.table).to_pyarrow_table().to_pylist()
+    by_id = {str(n): [row for row in stored if row["id"] == str(n)] for n in range(5)}
+    assert [row["chunk"] for row in by_id["1"]] == list(range(len(by_id["1"])))
+    assert len(by_id["1"]) > 2
+    assert [row["embedding"] for row in by_id["4"]] == [row["embedding"] for row in by_id["1"]]
+    assert by_id["0"][0]["embedding"] == by_id["2"][0]["embedding"] != by_id["3"][0]["embedding"]
+    assert (report.rows, report.rows_embedded, report.table_rows) == (5, 5, len(stored))
+    assert report.tokens == sum(row["num_tokens"] for i in ("0", "1", "3") for row in by_id[i])
+
+    write_files(tmp_path, rows[::-1], 1, "b")
+    moved = run_embed(job)
+    assert (moved.rows_copied, moved.tokens) == (5, 0)
+    again = open_table(report.table).to_pyarrow_table().sort_by([("id", "ascending"), ("chunk", "ascending")]).to_pylist()
+    assert again == sorted(stored, key=lambda row: (row["id"], row["chunk"]))
+
+
+def test_ids_that_stand_for_two_rows_are_told_and_kept(tmp_path: Path, tiny_base: str) -> None:
+    rows = [*make_rows(40), {"id": "d7", "text": "another", "lang": "de"}]
+    write_files(tmp_path, rows, 2, "a")
+    report = run_embed(make_job(tmp_path, tiny_base))
+    assert (report.duplicate_ids, report.duplicate_examples, report.table_rows) == (1, ("d7",), 41)
+    assert "1 ids stand for more than one row, such as d7" in report.to_text()
+
+
+def test_finished_files_are_published_while_the_run_goes_on(tmp_path: Path, tiny_base: str) -> None:
+    write_files(tmp_path, make_rows(), 10, "a")
+    job = make_job(tmp_path, tiny_base, embed__publish_every_minutes=1e-4)
+    report = run_embed(job)
+    assert report.version > 0
+    table = open_table(report.table)
+    counts = []
+    for version in range(report.version + 1):
+        table.load_as_version(version)
+        counts.append(table.to_pyarrow_table().num_rows)
+    assert counts == sorted(counts)
+    assert all(count % 20 == 0 for count in counts), "a commit holds whole files"
+    assert counts[-1] == NUM_ROWS
+    assert run_embed(job).units_embedded == 0
+
+
+def test_the_overview_and_what_vacuum_removes(tmp_path: Path, tiny_base: str) -> None:
+    job = make_job(tmp_path, tiny_base)
+    write_files(tmp_path, [*make_rows(30), {"id": "x", "text": 5}, {"id": "y", "text": ""}], 1, "a")
+    report = run_embed(job)
+    overview = describe_table(job)
+    assert (overview.rows, overview.dead_letters, overview.current_model) == (30, 2, True)
+    assert dict(overview.reasons) == {"text is a number, not text": 1, "text is empty": 1}
+    assert [version.fingerprint for version in overview.versions] == [report.fingerprint]
+    folder = Path(report.table)
+    (kept,) = folder.glob("part-*-0-16-*")
+    left = folder / f"{kept.name[:-24]}{'0' * 16}.parquet"  # what a broken run left
+    left.write_bytes(kept.read_bytes())
+    assert remove_old_files(job) == []
+    assert remove_old_files(job, retention_hours=0) == [left.name]
+    assert kept.exists()
+    write_files(tmp_path, make_rows(10), 1, "a")
+    run_embed(job)
+    assert kept.exists(), "readers of the version before may still need it"
+    assert kept.name in remove_old_files(job, retention_hours=0)
+    assert not kept.exists()
+    assert describe_table(job).rows == 10
+
+
+def test_a_vector_that_is_not_the_model_s_is_found(tmp_path: Path, tiny_base: str) -> None:
+    job = make_job(tmp_path, tiny_base)
+    write_files(tmp_path, make_rows(12), 1, "a")
+    folder = Path(run_embed(job).table)
+    assert verify_table(job, num_rows=12).lowest_cosine > 0.99999
+    (path,) = folder.glob("part-*")
+    rows = pq.read_table(path)
+    turned = np.roll(np.stack(rows["embedding"].to_numpy()), 1, axis=1)
+    column = rows.schema.get_field_index("embedding")
+    other = type(rows["embedding"].chunk(0)).from_arrays(turned.reshape(-1), turned.shape[1])
+    pq.write_table(rows.set_column(column, rows.schema.field(column), other), path)
+    with pytest.raises(EmbedError, match="holds a vector that differs from the model's"):
+        verify_table(job, num_rows=12)
