@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,7 +88,7 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
         verbose: show what the workers print.
 
     Raises:
-        UllmeError: no cluster answers at the address, or the pools cannot fit into it.
+        UllmeError: no cluster answers at the address, a local Ray does not start, or the pools cannot fit into it.
     """
     quiet_libraries()
     import ray
@@ -99,14 +101,23 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
     if address:
         _join(address, level, verbose)
     else:
-        ray.init(
-            address="local",  # without it, Ray joins any cluster that was started on this machine before
-            num_cpus=local_cpus(job),
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=level,
-            _node_ip_address="127.0.0.1",
-        )
+        try:
+            ray.init(
+                address="local",  # without it, Ray joins any cluster that was started on this machine before
+                num_cpus=local_cpus(job),
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=level,
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:  # Ray raises no narrower one for a node that does not come up in time
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UllmeError(
+                f"a local Ray did not start ({reason}); this machine may be short of memory or time: run again, or name a"
+                " cluster in cluster.address"
+            ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray's own ends the process without a word
     try:
         _check_pools_fit(pools(job, stages), address or "the local Ray")
         yield

@@ -1,4 +1,4 @@
-"""Removing what the table needs no more: parts that left it, and parts of broken runs that never came into it.
+"""Removing what the table needs no more: parts that left it, parts of broken runs that never came into it, uploads cut off.
 
 Delta's own vacuum does it. A file goes once it has been out of the table, or lain beside it, for `retention_hours`: until then
 slow readers and time travel find it, and a broken run can be taken up again.
@@ -12,6 +12,7 @@ from ullme_ray.embed.units import embed_section
 from ullme_ray.errors import StorageError
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
+from ullme_ray.store_probes import abort_stale_uploads
 from ullme_ray.table import find_table
 
 
@@ -26,7 +27,9 @@ def remove_old_files(job: JobSpec, *, retention_hours: int | None = None) -> lis
     """
     output = embed_section(job).output
     hours = retention_hours if retention_hours is not None else output.retention_hours
-    table = find_table(RunFolder.of(job).resolve(output.path))
+    folder = RunFolder.of(job).resolve(output.path)
+    abort_stale_uploads(folder)
+    table = find_table(folder)
     if table is None or hours is None:
         return []
     try:
