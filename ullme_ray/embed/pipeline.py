@@ -81,7 +81,7 @@ def run_embed(job: JobSpec, *, progress: bool = True) -> EmbedReport:
     started = time.monotonic()
     check_chunks(job)
     context, plan = open_run(job)
-    run = _Run(context, plan, started)
+    run = _Run(context, plan, started, plan_seconds=time.monotonic() - started)
     if plan.missing:
         _embed_missing(run, show=progress)
     wanted = run.all_parts()
@@ -123,6 +123,8 @@ class _Run:
     plan: RunPlan
     started: float
     outcomes: list[Outcome] = field(default_factory=list)
+    plan_seconds: float = 0.0
+    commit_seconds: float = 0.0
     version: int = -1
     removed: dict[PartKey, Part] = field(default_factory=dict)
 
@@ -130,7 +132,7 @@ class _Run:
         return {**self.plan.done, **{outcome.part.key: outcome.part for outcome in self.outcomes}}
 
     def commit(self, wanted: dict[PartKey, Part], *, whole: bool) -> None:
-        context = self.context
+        context, began = self.context, time.monotonic()
         done: Commit = commit(
             context.folder,
             wanted,
@@ -139,6 +141,7 @@ class _Run:
             fingerprint=context.settings.fingerprint,
             whole=whole,
         )
+        self.commit_seconds += time.monotonic() - began
         self.version = done.version
         self.removed |= done.removed
         remove_dead_letters(context.folder, done.removed)
@@ -242,6 +245,8 @@ def _report(run: _Run, wanted: dict[PartKey, Part], duplicates: Duplicates) -> E
         tokens=tokens,
         padding_share=_padding_share(forwards),
         seconds=seconds,
+        plan_seconds=run.plan_seconds,
+        commit_seconds=run.commit_seconds,
         tokens_per_s=tokens / seconds,
         rows_per_s=worked / seconds,
         mfu=sum(f.flop for f in forwards) / peak_flop if peak_flop and tokens else None,

@@ -34,6 +34,8 @@ class EmbedReport:
     tokens: int  # through the model
     padding_share: float  # of the positions that went through the model
     seconds: float
+    plan_seconds: float  # of these: listing the corpus, counting rows, comparing with the table
+    commit_seconds: float
     tokens_per_s: float
     rows_per_s: float  # embedded or copied
     mfu: float | None  # of the actors while they embedded; None where they had nothing to do
