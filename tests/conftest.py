@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads on tiny tensors only wait for one another
+
 from collections.abc import Iterator
 from pathlib import Path
 
