@@ -1,0 +1,95 @@
+"""A reader that polls a table while jobs write it: `python tests/faults/reader.py`, driven by lines on stdin.
+
+A line is JSON: {"table": path, "states": [[rows, digest], ...]} begins to watch, {} ends it and prints what was seen. A state
+is one that readers may see, from `state_of`; [0, ""] stands for no table at all. Every poll opens the newest version and reads
+all ids and vectors of it, so a version whose parts are missing or cut short is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import TableNotFoundError
+
+from ullme_ray.table import delta_options
+
+POLL_S = 0.05
+_UNANSWERED = ("error sending request", "onnection", "timed out", "status: 5", "status code: 5")
+
+
+def state_of(rows: pa.Table) -> list[Any]:
+    """Number of rows, and a digest of their ids that does not depend on their order."""
+    ids = sorted(f"{key} {chunk}" for key, chunk in zip(rows["id"].to_pylist(), rows["chunk"].to_pylist()))
+    return [len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]]
+
+
+def read_table(path: str) -> pa.Table:
+    """Ids and vectors of the newest version."""
+    table = DeltaTable(path, storage_options=delta_options(path))
+    return table.to_pyarrow_table(columns=["id", "chunk", "embedding"])
+
+
+def look(path: str) -> tuple[list[Any] | None, str]:
+    """The state that a reader sees now, or None and why it is torn or unanswered."""
+    try:
+        rows = read_table(path)
+    except TableNotFoundError:
+        return [0, ""], ""
+    except Exception as error:  # noqa: BLE001 - whatever a reader may be shown
+        return None, f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
+    vectors = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    if not np.isfinite(vectors).all():
+        return None, "vectors are not finite"
+    return state_of(rows), ""
+
+
+def main() -> None:
+    commands: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            commands.put(json.loads(line))
+        commands.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while (command := commands.get()) is not None:
+        watch(command["table"], command["states"], commands)
+
+
+def watch(table: str, allowed: list[list[Any]], commands: queue.Queue[dict[str, Any] | None]) -> None:
+    """Polls until the next command comes, and once more after it."""
+    torn: list[str] = []
+    seen: list[int] = []
+    polls, unanswered, ended = 0, 0, False
+    while True:
+        began = time.monotonic()
+        state, why = look(table)
+        polls += 1
+        if state is None and any(mark in why for mark in _UNANSWERED):
+            unanswered += 1
+        elif state not in allowed:
+            torn.append(why or f"{state} is none of {allowed}")
+        elif not seen or seen[-1] != allowed.index(state):
+            seen.append(allowed.index(state))
+        if ended:
+            break
+        with contextlib.suppress(queue.Empty):
+            commands.get(timeout=max(0.0, POLL_S - (time.monotonic() - began)))
+            ended = True
+    print(json.dumps({"polls": polls, "torn": torn, "unanswered": unanswered, "seen": seen}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # the thread that waits for stdin would hold up, or break, an orderly exit
