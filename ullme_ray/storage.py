@@ -46,6 +46,7 @@ class FileInfo:
     path: str
     num_bytes: int
     version: str
+    modified_s: float = 0.0  # since 1970, by the clock of its machine or store
 
 
 def is_remote(path: str) -> bool:
@@ -250,13 +251,15 @@ def _local_info(name: str) -> FileInfo | None:
         if os.path.islink(name):
             raise  # a link to nothing is no file that vanished
         return None  # removed by another process since it was listed
-    return FileInfo(os.path.abspath(name), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+    return FileInfo(os.path.abspath(name), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}", stat.st_mtime)
 
 
 def _remote_info(pattern: str, detail: dict[str, Any]) -> FileInfo:
     path = f"{pattern.partition('://')[0]}://{detail['name']}"
     etag = str(detail.get("ETag", "")).strip('"')
-    return FileInfo(path, int(detail["size"]), etag or f"{detail['size']}-{detail.get('LastModified')}")
+    modified = detail.get("LastModified")
+    version = etag or f"{detail['size']}-{modified}"
+    return FileInfo(path, int(detail["size"]), version, modified.timestamp() if modified is not None else 0.0)
 
 
 def remove(path: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,9 @@ def test_finished_files_are_published_while_the_run_goes_on(tmp_path: Path, tiny
     assert counts[-1] == NUM_ROWS
     assert run_embed(job).units_embedded == 0
 
+    other = make_job(tmp_path, tiny_base, embed__publish_every_minutes=1e-4, model__pooling="lasttoken")
+    assert run_embed(other).version == report.version + 1, "no version holds vectors of two kinds"
+
 
 def test_the_overview_and_what_vacuum_removes(tmp_path: Path, tiny_base: str) -> None:
     job = make_job(tmp_path, tiny_base)
@@ -186,6 +191,19 @@ def test_the_overview_and_what_vacuum_removes(tmp_path: Path, tiny_base: str) ->
     assert kept.name in remove_old_files(job, retention_hours=0)
     assert not kept.exists()
     assert describe_table(job).rows == 10
+
+
+def test_parts_left_behind_are_taken_up_while_no_vacuum_can_remove_them(tmp_path: Path, tiny_base: str) -> None:
+    job = make_job(tmp_path, tiny_base)
+    write_files(tmp_path, make_rows(40), 1, "a")
+    report = run_embed(job)
+    assert report.units_total == 3
+    storage.remove(f"{report.table}/_delta_log")
+    old, *_ = Path(report.table).glob("part-*")
+    days_ago = time.time() - 4 * 86400
+    os.utime(old, (days_ago, days_ago))
+    again = run_embed(job)
+    assert (again.units_embedded, again.units_reused, again.table_rows) == (1, 2, 40)
 
 
 def test_a_vector_that_is_not_the_model_s_is_found(tmp_path: Path, tiny_base: str) -> None:

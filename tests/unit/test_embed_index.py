@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ullme_ray.embed import index
-from ullme_ray.embed.index import ContentIndex, Found, _sorted_entries, entries_of, lookup
+from ullme_ray.embed.index import ContentIndex, Found, _read_entries, _sorted_entries, entries_of, lookup
 from ullme_ray.embed.parts import ChunkRows, Part, PartSettings, build_part, write_part
 from ullme_ray.embed.units import InputFile, Unit
 from ullme_ray.spec.job import EmbedInputSpec
@@ -79,6 +79,16 @@ def test_a_part_that_is_not_what_the_index_says_gives_nothing(tmp_path: Path) ->
     assert Found(content, lookup(entries, hashes)).read(hashes) is None
     index._open_rows.cache_clear()
     assert Found(replace(content, names=("part-x",)), lookup(entries, hashes)).read(hashes) is None
+
+
+def test_parts_that_cannot_be_read_know_no_texts(tmp_path: Path) -> None:
+    texts = {"alpha": 1, "beta": 1}
+    good, bad = write(tmp_path, "1", texts), write(tmp_path, "2", {"gamma": 1})
+    (tmp_path / bad.name).write_bytes(b"PAR1")
+    names = (good.name, bad.name, "part-that-is-gone.parquet")
+    entries = _sorted_entries(_read_entries(str(tmp_path), names, 0))
+    assert lookup(entries, [digest(text) for text in ("alpha", "beta", "gamma")])["count"].tolist() == [1, 1, 0]
+    assert lookup(_sorted_entries(_read_entries(str(tmp_path), names[1:], 0)), [digest("gamma")])["count"].tolist() == [0]
 
 
 def test_equal_first_halves_are_told_apart_by_the_second() -> None:

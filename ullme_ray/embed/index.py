@@ -115,10 +115,13 @@ def build_index(folder: str, parts: Iterable[Part]) -> ContentIndex | None:
 def _read_entries(folder: str, names: Sequence[str], first: int) -> np.ndarray:
     pieces = []
     for number in range(first, min(first + _PARTS_PER_TASK, len(names))):
-        with storage.open_read(storage.join(folder, names[number])) as stream:
-            rows = pq.read_table(stream, columns=["content_hash", "chunk"])
+        try:
+            with storage.open_read(storage.join(folder, names[number])) as stream:
+                rows = pq.read_table(stream, columns=["content_hash", "chunk"])
+        except (pa.ArrowException, FileNotFoundError):
+            continue  # damaged, or gone with a version that nobody needs: its texts are embedded again where they are wanted
         pieces.append(entries_of(number, rows["content_hash"].to_pylist(), rows["chunk"].to_numpy()))
-    return np.concatenate(pieces)
+    return np.concatenate([np.empty(0, _ENTRY), *pieces])
 
 
 def entries_of(part: int, hashes: Sequence[str], chunks: np.ndarray) -> np.ndarray:
@@ -139,6 +142,8 @@ def _sorted_entries(*pieces: np.ndarray) -> np.ndarray:
 
 def lookup(entries: np.ndarray, hashes: Sequence[str]) -> np.ndarray:
     """One entry per hash, of count 0 where there is none."""
+    if not len(entries):
+        return np.zeros(len(hashes), _ENTRY)
     first, second = _split(hashes)
     places = np.minimum(np.searchsorted(entries["first"], first), len(entries) - 1)
     found = entries[places]

@@ -109,7 +109,7 @@ def open_run(job: JobSpec) -> tuple[EmbedContext, RunPlan]:
     if vectors.is_scaled:
         settings = replace(settings, vectors=vector_ranges(EmbedContext(job, folder, settings), files))
     active = active_parts(table)
-    plan = make_plan(files, folder, settings, active, embed.rows_per_unit)
+    plan = make_plan(files, folder, settings, active, embed)
     known = [part for key, part in active.items() if key.recipe == settings.recipe]
     index = build_index(folder, known) if plan.missing else None
     return EmbedContext(job, folder, settings, index), plan
@@ -152,7 +152,7 @@ def _embed_missing(run: _Run, *, show: bool) -> None:
     plan = run.plan
     started = published = time.monotonic()
     every = embed_section(run.context.job).publish_every_minutes
-    grows = every is not None and can_grow(run.context.folder, run.context.settings.schema)
+    grows = every is not None and plan.same_recipe and can_grow(run.context.folder, run.context.settings.schema)
     rows_before = sum(key.num_rows for key in plan.done)
     rows, tokens, seen = rows_before, 0, {}
     with Progress("embed", plan.num_rows) if show else _Silent() as bar:

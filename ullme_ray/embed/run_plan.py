@@ -6,6 +6,7 @@ them; a unit whose part a broken run left behind is done.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ullme_ray.embed.parts import Part, PartKey, PartSettings, count_dead_letter
 from ullme_ray.embed.planning import split_file
 from ullme_ray.embed.units import InputFile, Unit
 from ullme_ray.ray_data import explained
+from ullme_ray.spec.job import EmbedSpec
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class RunPlan:
     new: list[InputFile]
     changed: list[InputFile]  # or to be embedded another way than before
     num_removed: int  # files of the table that the corpus has no more
+    same_recipe: bool  # as all vectors of the table, so that new ones may stand beside them
     done: dict[PartKey, Part]
     missing: list[Unit]
     missing_keys: list[PartKey]
@@ -45,11 +48,12 @@ class RunPlan:
 
 
 def make_plan(
-    files: list[InputFile], folder: str, settings: PartSettings, active: Mapping[PartKey, Part], rows_per_unit: int
+    files: list[InputFile], folder: str, settings: PartSettings, active: Mapping[PartKey, Part], embed: EmbedSpec
 ) -> RunPlan:
     """Compares the corpus with the table's newest version.
 
-    A file with parts of the wanted version in the table is done whole, for a commit never holds half a file.
+    A file with parts of the wanted version in the table is done whole, for a commit never holds half a file. A part left behind
+    counts until half the time after which another run would remove it, so that it is still there when this one commits.
     """
     in_table: dict[str, dict[PartKey, Part]] = defaultdict(dict)
     for key, part in active.items():
@@ -67,16 +71,28 @@ def make_plan(
     missing, missing_keys = [], []
     if new or changed:
         left_behind = list_parts(folder)
-        for unit in _split_on_ray([*new, *changed], rows_per_unit):
+        hours = embed.output.retention_hours
+        oldest_s = time.time() - 3600.0 * hours / 2 if hours is not None else 0.0
+        for unit in _split_on_ray([*new, *changed], embed.rows_per_unit):
             key = settings.key_of(unit)
-            readable = (open_part(info) for info in left_behind.get(key, []))
+            readable = (open_part(info) for info in left_behind.get(key, []) if info.modified_s >= oldest_s)
             found = next((part for part in readable if part is not None), None)
             if found is not None:
                 done[key] = found
             else:
                 missing.append(unit)
                 missing_keys.append(key)
-    return RunPlan(files, new, changed, num_removed, done, missing, missing_keys, count_dead_letters(folder) if done else {})
+    return RunPlan(
+        files=files,
+        new=new,
+        changed=changed,
+        num_removed=num_removed,
+        same_recipe=all(key.recipe == settings.recipe for key in active),
+        done=done,
+        missing=missing,
+        missing_keys=missing_keys,
+        dead=count_dead_letters(folder) if done else {},
+    )
 
 
 def _split_on_ray(files: list[InputFile], rows_per_unit: int) -> Iterator[Unit]:
