@@ -146,8 +146,6 @@ class SentenceTransformers(Contestant):
         )
         transformer.model.config.is_causal = False
         transformer.model.config.use_cache = False
-        # Plain texts as in the other sides, not messages of a chat.
-        transformer.tokenizer.chat_template = None
         if transformer.tokenizer.pad_token is None:
             transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
         transformer.tokenizer.padding_side = "right"
@@ -317,6 +315,19 @@ def table(title: str, runs: dict[str, list[Run]], tokens: int, *, flop_per_token
     return markdown(title, cells)
 
 
+def without_chat(model: str, folder: str) -> str:
+    """The model as links in a folder of its own, without chat template: sentence-transformers would put every text into it."""
+    os.makedirs(folder)
+    for path in Path(model).iterdir():
+        if path.name == "tokenizer_config.json":
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("chat_template", None)
+            Path(folder, path.name).write_text(json.dumps(config), encoding="utf-8")
+        elif path.is_file() and not path.name.startswith("chat_template"):
+            Path(folder, path.name).symlink_to(path.resolve())
+    return folder
+
+
 def prepare(args: argparse.Namespace, folder: str) -> tuple[str, list[str]]:
     """Folder of the model, and the corpus that texts are cut from: the built-in data set's passages."""
     from smollm2 import make_smollm2
@@ -336,7 +347,7 @@ def prepare(args: argparse.Namespace, folder: str) -> tuple[str, list[str]]:
         build_scratch(corpus, ScratchSpec(), max_tokens=args.max_tokens, seed=0, folder=model)
     elif not args.model:
         make_smollm2(Path(model))
-    return model, corpus
+    return without_chat(model, f"{folder}/plain"), corpus
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -356,7 +367,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     from ullme_ray.model.backbone import DTYPES
-    from ullme_ray.train.metrics import peak_flops
+    from ullme_ray.model.speed import peak_flops
 
     args = parse(arguments)
     torch.set_num_threads(args.threads)

@@ -181,7 +181,8 @@ def try_packing(backbone: Any, *, bidirectional: bool) -> Packing | str:
     padding_id = first - 1 if first else None
     vocab_size = backbone.config.get_text_config().vocab_size
     device = next(backbone.parameters()).device
-    tolerance = 1e-4 if next(backbone.parameters()).dtype == torch.float32 else 0.1
+    # Another kernel rounds otherwise, which many layers of bfloat16 blow up; what a text must not feel is the same kernel's.
+    tolerance, unfelt = (1e-4, 1e-5) if next(backbone.parameters()).dtype == torch.float32 else (0.3, 1e-2)
     limit = position_limit(backbone.config) or 0
     repeats = 1 + (limit // sum(_LENGTHS) if limit <= _SHORT_POSITIONS else 0)
     generator = torch.Generator().manual_seed(1)
@@ -205,7 +206,7 @@ def try_packing(backbone: Any, *, bidirectional: bool) -> Packing | str:
             reason = "padded texts get other states through this backend"
         elif not _apart(one, wanted) <= tolerance:
             reason = f"states differ from those of padded texts by {_apart(one, wanted):.1g} of their length"
-        elif not _apart(other[: _LENGTHS[0]], one[: _LENGTHS[0]]) <= tolerance / 10:
+        elif not _apart(other[: _LENGTHS[0]], one[: _LENGTHS[0]]) <= unfelt:
             reason = "texts of one row feel each other"
     except Exception as error:  # noqa: BLE001 - whatever a family does not understand, padding it does
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -216,8 +217,8 @@ def try_packing(backbone: Any, *, bidirectional: bool) -> Packing | str:
 
 
 def _apart(states: Tensor, wanted: Tensor) -> float:
-    """Largest distance of a token's state from the wanted one, of the wanted one's length."""
-    return float(((states - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-12)).max())
+    """Distance from the wanted states, of their length."""
+    return float((states - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
 def _register() -> None:
