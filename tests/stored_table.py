@@ -37,11 +37,13 @@ def write_table(
     fingerprint: str = FINGERPRINT,
     job: str = "docs",
     num_parts: int = 2,
+    chunks: list[int] | None = None,
 ) -> None:
     """The next version of the table, holding just these rows, in parts of which the last is empty.
 
     Args:
         columns: the id column first, then those passed through; Arrow arrays or lists.
+        chunks: the number of each row's chunk; absent means that no document is split.
     """
     form = form.calibrated(vectors) if form.is_scaled and not form.ranges_data else form
     stored = form.encode(vectors)
@@ -49,7 +51,7 @@ def write_table(
     rows = pa.table(
         {
             id_name: columns[id_name],
-            "chunk": pa.array(np.zeros(len(vectors), np.int32)),
+            "chunk": pa.array(chunks or [0] * len(vectors), pa.int32()),
             "embedding": form.to_arrow(stored),
             "content_hash": [hashlib.sha256(str(i).encode()).hexdigest() for i in columns[id_name]],
             "num_tokens": pa.array([len(str(i)) for i in columns[id_name]], pa.int32()),

@@ -32,6 +32,8 @@ class Parity:
     min_cosines: dict[tuple[str, str], float]
 
     def to_text(self) -> str:
+        if not self.num_texts:
+            return "vectors not compared: the table has the first passages of the corpus in chunks only"
         pairs = ", ".join(f"{a} = {b} {cosine:.6f}" for (a, b), cosine in self.min_cosines.items())
         return f"same vectors everywhere, lowest cosine over {self.num_texts} passages: {pairs}"
 
@@ -43,6 +45,8 @@ def check_parity(job: JobSpec, url: str) -> Parity:
         UllmeError: two places differ by more than rounding.
     """
     texts, table, form = _texts_and_table_vectors(job)
+    if not texts:
+        return Parity(0, {})
     vectors = {"served": _served(job, url, texts)}
     if job.train:
         vectors["export"] = _exported(job, texts)
@@ -81,7 +85,7 @@ def _texts_and_table_vectors(job: JobSpec) -> tuple[list[str], np.ndarray, Vecto
     path = RunFolder.of(job).resolve(job.embed.output.path)
     table = open_table(path)
     rows = table.to_pyarrow_dataset().to_table(
-        columns=["content_hash", "embedding"], filter=ds.field("content_hash").isin(list(text_of))
+        columns=["content_hash", "chunk", "embedding"], filter=ds.field("content_hash").isin(list(text_of))
     )
     vector_of = dict(zip(rows["content_hash"].to_pylist(), rows["embedding"].to_pylist()))
     missing = text_of.keys() - vector_of.keys()
@@ -90,9 +94,11 @@ def _texts_and_table_vectors(job: JobSpec) -> tuple[list[str], np.ndarray, Vecto
             f"the table {path} lacks {len(missing)} of the first {len(text_of)} passages of embed.input.path;"
             " run `ullme-ray embed` on this job again"
         )
+    split = {key for key, chunk in zip(rows["content_hash"].to_pylist(), rows["chunk"].to_pylist()) if chunk > 0}
+    whole = [key for key in text_of if key not in split]  # of a document in chunks the table has no vector of the whole
     form = format_of_table(table)
-    stored = np.asarray([vector_of[key] for key in text_of], dtype=form.stored_type)
-    return list(text_of.values()), form.decode(stored), form  # (N, D)
+    stored = np.asarray([vector_of[key] for key in whole], dtype=form.stored_type)
+    return [text_of[key] for key in whole], form.decode(stored), form  # (N, D)
 
 
 def _corpus(job: JobSpec) -> Iterator[tuple[str, str]]:
