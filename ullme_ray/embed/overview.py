@@ -150,7 +150,7 @@ def verify_table(job: JobSpec, *, num_rows: int) -> Verification:
         cosines += _compare(part, unit, context, encoder, choice, num_rows - len(cosines))
     if not cosines:
         raise EmbedError("no part could be verified: the corpus or the model has changed since; run `ullme-ray embed` first")
-    if not min(cosines) >= _LEAST_COSINE[encoder.settings.dtype]:
+    if not min(cosines) >= min(_LEAST_COSINE[encoder.settings.dtype], vectors.least_cosine):
         raise EmbedError(
             f"the table {folder} holds a vector that differs from the model's (cosine {min(cosines):.5f}); remove the table's "
             f"folder and run `ullme-ray embed` to make it anew"
