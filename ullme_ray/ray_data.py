@@ -136,6 +136,11 @@ def explained(stage: Stage, error: Exception) -> UllmeError:
     """The error that a task raised on purpose; anything else as the stage's, with the first error of Ray's long report."""
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, UllmeError):
         return error.cause
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "OutOfMemoryError" in str(error):
+        return stage.error(
+            f"{stage.work} stopped: Ray killed a process, since its node's memory was nearly full; {stage.lighter}, take fewer "
+            f"{stage.pool}.max on a node, or nodes with more memory; {stage.next_run}"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     root = next((line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
     return stage.error(f"{stage.work} stopped: {root}; {stage.next_run}")
