@@ -65,7 +65,7 @@ class _Sample:
 
 
 def dry_run(job: JobSpec) -> DryRun:
-    """Plans a run and samples it. Ray must be initialised; nothing is written.
+    """Plans a run and samples it; the table stays as it is. Ray must be initialised.
 
     Raises:
         EmbedError: as `run_embed` would.
