@@ -155,7 +155,10 @@ def table(
     overrides: Overrides = None,
     verify: Annotated[int, typer.Option("--verify", min=0, metavar="ROWS", help="Embed so many rows again and compare.")] = 0,
     vacuum: Annotated[
-        int | None, typer.Option("--vacuum", min=0, metavar="HOURS", help="Remove files out of the table for so long.")
+        int | None,
+        typer.Option(
+            "--vacuum", min=0, metavar="HOURS", help="Remove files out of the table for so long; let no run be at work."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ullme_ray import storage
-from ullme_ray.embed import describe_table, dry_run, remove_old_files, run_embed, verify_table
+from ullme_ray.embed import describe_table, dry_run, pipeline, remove_old_files, run_embed, verify_table
 from ullme_ray.errors import EmbedError
 from ullme_ray.model import open_tokenizer
 from ullme_ray.spec.job import JobSpec
@@ -204,6 +204,25 @@ def test_parts_left_behind_are_taken_up_while_no_vacuum_can_remove_them(tmp_path
     os.utime(old, (days_ago, days_ago))
     again = run_embed(job)
     assert (again.units_embedded, again.units_reused, again.table_rows) == (1, 2, 40)
+
+
+def test_parts_that_vanish_before_the_commit_never_come_into_the_table(
+    tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, tiny_base)
+    write_files(tmp_path, make_rows(20), 1, "a")
+    check = pipeline._check_all_rows_accounted
+
+    def vacuum_meanwhile(*arguments: Any) -> None:
+        check(*arguments)
+        next((tmp_path / "runs/docs/embeddings").glob("part-*")).unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_check_all_rows_accounted", vacuum_meanwhile)
+        with pytest.raises(EmbedError, match=r"1 parts of this run, such as part-.* were removed"):
+            run_embed(job)
+    assert not storage.exists(f"{tmp_path}/runs/docs/embeddings/_delta_log")
+    assert run_embed(job).table_rows == 20
 
 
 def test_a_vector_that_is_not_the_model_s_is_found(tmp_path: Path, tiny_base: str) -> None:

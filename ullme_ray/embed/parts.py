@@ -216,6 +216,12 @@ def list_parts(folder: str) -> dict[PartKey, list[storage.FileInfo]]:
     return found
 
 
+def missing_parts(folder: str, parts: Iterable[Part]) -> list[str]:
+    """Names of those that do not lie in the folder: a commit of one would leave a table that nobody can read."""
+    there = {info.path.rpartition("/")[2] for found in list_parts(folder).values() for info in found}
+    return [part.name for part in parts if part.name not in there]
+
+
 def open_part(info: storage.FileInfo) -> Part | None:
     """A part that an earlier run left, or None if it is damaged. Costs reading its footer."""
     parsed = parse_part_name(info.path)

@@ -1,7 +1,8 @@
 """Batch embedding from corpus to table. Read `run_embed` first: plan, embed what is missing, commit once.
 
 A crash at any point leaves only parts, and the next run embeds only the units that have none. A run without changes costs a
-listing of the corpus and the table's log. Of a changed or new file, only texts that the table does not hold yet are embedded.
+listing of the corpus and of the table's folder, and the table's log. Of a changed or new file, only texts that the table does
+not hold yet are embedded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ullme_ray.embed.parts import (
     PartKey,
     PartSettings,
     check_column_names,
+    missing_parts,
     remove_dead_letters,
 )
 from ullme_ray.embed.planning import list_input
@@ -132,7 +134,17 @@ class _Run:
         return {**self.plan.done, **{outcome.part.key: outcome.part for outcome in self.outcomes}}
 
     def commit(self, wanted: dict[PartKey, Part], *, whole: bool) -> None:
+        """Makes the table hold the parts.
+
+        Raises:
+            EmbedError: one of them is gone, or the table could not be committed to.
+        """
         context, began = self.context, time.monotonic()
+        if (self.plan.new or self.plan.changed) and (gone := missing_parts(context.folder, wanted.values())):
+            raise EmbedError(
+                f"{len(gone)} parts of this run, such as {gone[0]}, were removed from {context.folder} before they came into "
+                f"the table, as a vacuum meanwhile does; let embed.output.retention_hours be longer than a run, then run again"
+            )
         done: Commit = commit(
             context.folder,
             wanted,

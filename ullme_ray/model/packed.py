@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ullme_ray.errors import ModelError
 from ullme_ray.model.backbone import first_position
 from ullme_ray.model.encode import accepts, forward_states, pad_batch
 from ullme_ray.model.family import generates, position_limit
@@ -122,7 +123,7 @@ def packed_attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     if any(settings.get(name) is not None for name in _NOT_UNDERSTOOD) or settings.get("dropout"):
-        raise NotImplementedError("an attention of this kind is not computed without padding")
+        raise ModelError("an attention with a softcap, sinks, a position bias or dropout is not computed without padding")
     if (window := settings.get("sliding_window")) is not None:
         packed.windows.add(window)
         assert max(packed.lengths) <= window, "texts longer than the window are to be padded"
@@ -208,6 +209,8 @@ def try_packing(backbone: Any, *, bidirectional: bool) -> Packing | str:
             reason = f"states differ from those of padded texts by {_apart(one, wanted):.1g} of their length"
         elif not _apart(other[: _LENGTHS[0]], one[: _LENGTHS[0]]) <= unfelt:
             reason = "texts of one row feel each other"
+    except ModelError as error:
+        reason = str(error)
     except Exception as error:  # noqa: BLE001 - whatever a family does not understand, padding it does
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if reason is not None:
