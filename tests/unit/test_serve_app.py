@@ -18,7 +18,8 @@ from ray import cloudpickle
 
 from ullme_ray.errors import ServeError, UllmeError
 from ullme_ray.serve import build_app, front
-from ullme_ray.serve.app import ATTEMPTS, ReplicaBackend, create_api
+from ullme_ray.serve.app import create_api
+from ullme_ray.serve.backend import ATTEMPTS, ReplicaBackend
 from ullme_ray.serve.keys import KeyRing
 from ullme_ray.serve.schemas import ApiError, EmbedCall, EmbedReply, ServedModel
 from ullme_ray.spec import parse_job

@@ -6,111 +6,36 @@ It is apart from the model so that a model replica's death cuts no connection: e
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import ullme_ray
+from ullme_ray.serve.backend import Backend, overloaded
 from ullme_ray.serve.keys import KeyRing
 from ullme_ray.serve.schemas import (
     ApiError,
     EmbedCall,
     EmbeddingRequest,
-    EmbedReply,
     ServedModel,
     embedding_answer,
     parse_body,
     to_call,
 )
-from ullme_ray.spec.job import JobSpec, ServeSpec
+from ullme_ray.spec.job import ServeSpec
 
-logger = logging.getLogger("ray.serve")
-
-ATTEMPTS = 2  # of a request whose replica died under it
-REQUEST_TIMEOUT_S = 600.0
 BODY_TIMEOUT_S = 60.0  # a client that sends no more must not hold its place among the requests for ever
-HEALTH_TIMEOUT_S = 5.0
 LARGE_BYTES = 64 * 1024  # work on a body or answer above this leaves the event loop
-RETRY_AFTER_S = 1
 OPEN_PATHS = ("/health",)  # answered without a key
 
 Result = TypeVar("Result")
-
-
-class Backend(Protocol):
-    """Where vectors come from."""
-
-    async def embed(self, call: EmbedCall) -> EmbedReply: ...
-
-    async def describe(self) -> ServedModel: ...
-
-
-class Ingress:
-    """Ray Serve's entry point; wrapped by `serve.ingress`, which asks it for the app once it exists."""
-
-    def __init__(self, job: JobSpec, embedder: DeploymentHandle[Any]) -> None:
-        assert job.serve is not None
-        self._api = create_api(job.name, job.serve, ReplicaBackend(embedder))
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._api
-
-
-class ReplicaBackend:
-    """Model replicas behind a Serve handle."""
-
-    def __init__(self, embedder: DeploymentHandle[Any]) -> None:
-        self._embedder = embedder
-
-    async def embed(self, call: EmbedCall) -> EmbedReply:
-        return await self._ask("embed", call, timeout_s=REQUEST_TIMEOUT_S)
-
-    async def describe(self) -> ServedModel:
-        return await self._ask("describe", timeout_s=HEALTH_TIMEOUT_S)
-
-    async def _ask(self, method: str, *arguments: Any, timeout_s: float) -> Any:
-        """Calls a replica. Serve does not repeat a call whose replica died while it ran, so this does."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                for attempt in range(1, ATTEMPTS + 1):
-                    response = getattr(self._embedder, method).remote(*arguments)
-                    try:
-                        return await response
-                    except RayActorError:
-                        logger.warning("a model replica died under a request (attempt %d of %d)", attempt, ATTEMPTS)
-                        if attempt == ATTEMPTS:
-                            raise
-        except TimeoutError:
-            raise unavailable("no model replica answered in time") from None
-        except BackPressureError:
-            raise overloaded() from None
-        except (RayActorError, DeploymentUnavailableError):
-            raise unavailable("no model replica is available") from None
-
-
-def unavailable(message: str) -> ApiError:
-    return ApiError(503, message, kind="server_error", code="unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
-
-
-def overloaded() -> ApiError:
-    return ApiError(
-        429,
-        "the server has as many requests as it can queue; try again later",
-        kind="rate_limit_error",
-        code="rate_limit_exceeded",
-        headers={"retry-after": str(RETRY_AFTER_S)},
-    )
 
 
 def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:

@@ -22,8 +22,8 @@ from ray.serve.schema import LoggingConfig
 
 from ullme_ray.errors import ServeError
 from ullme_ray.serve import front
-from ullme_ray.serve.app import Ingress
 from ullme_ray.serve.embedder import Embedder
+from ullme_ray.serve.ingress import Ingress
 from ullme_ray.serve.keys import KeyRing
 from ullme_ray.spec.job import JobSpec, ReplicasSpec, ServeSpec
 
