@@ -153,8 +153,11 @@ def test_the_smallest_budget_near_the_best_is_found() -> None:
     assert Device(call_s=0.1, tokens_per_s=1e7, max_tokens=5000).find("cuda") == 4096  # what memory holds
 
 
-def test_a_slow_model_is_not_timed_for_long() -> None:
-    device = Device(call_s=0.0, tokens_per_s=30, max_tokens=10**9)
+def test_a_slow_model_is_timed_long_enough_and_not_for_ever() -> None:
+    device = Device(call_s=2.0, tokens_per_s=1000, max_tokens=10**9)  # as a model of 135M parameters on two cores
+    assert device.find() == 2048
+    assert device.now < 20
+    device = Device(call_s=0.0, tokens_per_s=20, max_tokens=10**9)
     assert device.find() == 256
     assert device.calls == [256]
 

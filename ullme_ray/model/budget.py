@@ -1,7 +1,8 @@
 """How many tokens go into one forward pass: timed on the device before the work, halved when its memory runs out.
 
-Timing costs a few seconds once per process. Too small a batch leaves the device idle between kernels, too large a one runs
-out of cache (CPU) or memory; in between the rate is flat, so the smallest budget near the best is taken.
+Timing costs up to 20 seconds once per process, with a large model on a CPU; a small one takes a moment. Too small a batch
+leaves the device idle between kernels, too large a one runs out of cache (CPU) or memory; in between the rate is flat, so the
+smallest budget near the best is taken.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from ullme_ray.errors import EmbedError
 
 _NEAR_BEST = 0.97
 _CANDIDATES = {"cpu": [2**n for n in range(8, 14)], "cuda": [2**n for n in range(11, 19)]}  # 256 to 8k, 2k to 256k tokens
-_SECONDS = 3.0  # of timing, about; a budget that would take longer is not tried
-_REPEATS = 3
+# Of timing, about; a budget that would take longer is not tried. Too short a time ends at small budgets on a CPU, where a
+# model of 135M parameters runs a thousand tokens a second: 3 s once ended at 512 tokens, far from the best.
+_SECONDS = 20.0
+_ENOUGH_S = 0.7  # one budget timed for so long is not run once more
+_REPEATS = 3  # at most
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # RuntimeErrors of torch's CPU allocator, of cuBLAS
 
 
@@ -106,24 +110,30 @@ def find_budget(forward: Callable[[int], None], device: str, *, clock: Callable[
     """
     candidates = _CANDIDATES[device]
     rates: dict[int, float] = {}
-    left = _SECONDS
-    for tokens in candidates:
-        seconds: list[float] = []
+    seconds: list[float] = []
 
-        def timed(_: list[int], tokens: int = tokens, seconds: list[float] = seconds) -> None:
+    def timed(tokens: int) -> bool:
+        def run(_: list[int]) -> None:
             start = clock()
             forward(tokens)
             seconds.append(clock() - start)
 
-        fits = True
-        while fits and len(seconds) < _REPEATS + (not rates) and sum(seconds) < left:  # the very first run warms up
-            fits = _has_memory_for(timed, [])
+        return _has_memory_for(run, [])
+
+    fits = timed(candidates[0])  # warms up, and is not counted
+    left = _SECONDS - sum(seconds)
+    for tokens in candidates:
+        seconds_before = min(seconds, default=0.0)
+        if not fits or 2 * seconds_before > left:
+            break
+        seconds.clear()
+        while fits and len(seconds) < _REPEATS and sum(seconds) < _ENOUGH_S:
+            fits = timed(tokens)
         if not fits:
             break
         rates[tokens] = tokens / min(seconds)
         left -= sum(seconds)
-        fell = len(rates) > 2 and max(list(rates.values())[-2:]) < _NEAR_BEST * max(rates.values())
-        if fell or left < 2 * _REPEATS * min(seconds):
+        if len(rates) > 2 and max(list(rates.values())[-2:]) < _NEAR_BEST * max(rates.values()):
             break
     best = max(rates.values(), default=0.0)
     return TokenBudget(next((tokens for tokens, rate in rates.items() if rate >= _NEAR_BEST * best), candidates[0]))
