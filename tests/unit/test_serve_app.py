@@ -35,6 +35,9 @@ MODEL = ServedModel(
 class FakeBackend:
     """A text's vector is (its length, prompt is query, 0.1, 1/3); ids count as their sum."""
 
+    def models(self) -> list[str]:
+        return [NAME]
+
     def __init__(self) -> None:
         self.calls: list[EmbedCall] = []
         self.open = asyncio.Event()
@@ -48,15 +51,15 @@ class FakeBackend:
             raise self.error
         sizes = [len(t) for t in call.texts] if call.texts is not None else [sum(ids) for ids in call.token_ids or []]
         rows = [[size, call.prompt == "query", 0.1, 1 / 3] for size in sizes]
-        return EmbedReply(np.array(rows, dtype=np.float32)[:, : call.dimensions], sum(sizes), num_truncated=1)
+        return EmbedReply(np.array(rows, dtype=np.float32)[:, : call.dimensions], sizes, num_truncated=1)
 
-    async def describe(self) -> ServedModel:
+    async def describe(self, model: str) -> ServedModel:
         if self.error:
             raise self.error
         return MODEL
 
 
-def client(backend: FakeBackend, **settings: Any) -> httpx.AsyncClient:
+def client(backend: Any, **settings: Any) -> httpx.AsyncClient:
     api = create_api(NAME, ServeSpec(**settings), backend)
     transport = httpx.ASGITransport(api, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20)
@@ -368,18 +371,18 @@ class FakeHandle:
         self.num_calls += 1
         if self.num_calls <= self.deaths:
             raise ActorDiedError()
-        return EmbedReply(np.ones((1, 4), dtype=np.float32), 1, 0)
+        return EmbedReply(np.ones((1, 4), dtype=np.float32), [1], 0)
 
 
 def test_a_request_whose_replica_died_is_asked_again_once() -> None:
     async def test() -> None:
-        call = EmbedCall(["x"], None, "passage", None)
+        call = EmbedCall("m", ["x"])
         once = FakeHandle(deaths=ATTEMPTS - 1)
-        assert (await ReplicaBackend(once).embed(call)).num_tokens == 1  # type: ignore[arg-type]
+        assert (await ReplicaBackend("m", once).embed(call)).num_tokens == [1]  # type: ignore[arg-type]
         assert once.num_calls == ATTEMPTS
         always = FakeHandle(deaths=99)
         with pytest.raises(ApiError) as error:
-            await ReplicaBackend(always).embed(call)  # type: ignore[arg-type]
+            await ReplicaBackend("m", always).embed(call)  # type: ignore[arg-type]
         assert error.value.status == 503
         assert always.num_calls == ATTEMPTS
 

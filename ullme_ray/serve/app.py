@@ -18,10 +18,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import ullme_ray
-from ullme_ray.serve.backend import Backend, overloaded
+from ullme_ray.serve.backend import overloaded
 from ullme_ray.serve.keys import KeyRing
 from ullme_ray.serve.schemas import (
     ApiError,
+    Backend,
     EmbedCall,
     EmbeddingRequest,
     ServedModel,
@@ -57,7 +58,7 @@ def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:
 
     async def served_model() -> ServedModel:
         if not known:
-            known[:] = [await backend.describe()]
+            known[:] = [await backend.describe(name)]
         return known[0]
 
     @api.post("/v1/embeddings", openapi_extra={"requestBody": _request_schema()})
@@ -80,7 +81,7 @@ def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:
             def write() -> bytes:
                 return embedding_answer(reply, model=name, encoding_format=body.encoding_format)
 
-            answer = await _off_loop(write, large=reply.vectors.nbytes > LARGE_BYTES)
+            answer = await _off_loop(write, large=sum(row.nbytes for row in reply.vectors) > LARGE_BYTES)
         headers = {"x-truncated-inputs": str(reply.num_truncated)}
         return Response(answer, media_type="application/json", headers=headers)
 
@@ -97,12 +98,12 @@ def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:
     @api.get("/health")
     async def health() -> dict[str, str]:
         """200 once a replica has loaded the model and computed the export's own vectors; 503 before."""
-        known[:] = [await backend.describe()]
+        known[:] = [await backend.describe(name)]
         return {"status": "ok"}
 
     @api.get("/info")
     async def info() -> dict[str, Any]:
-        return asdict(await backend.describe())
+        return asdict(await backend.describe(name))
 
     return api
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from ullme_ray.serve.schemas import ApiError, EmbedCall, EmbedReply, ServedModel
+from ullme_ray.serve.schemas import ApiError, DecodeCall, EmbedCall, EmbedReply, ServedModel, TokenizeCall, TokenizeReply
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,25 +23,30 @@ HEALTH_TIMEOUT_S = 5.0
 RETRY_AFTER_S = 1
 
 
-class Backend(Protocol):
-    """Where vectors come from."""
-
-    async def embed(self, call: EmbedCall) -> EmbedReply: ...
-
-    async def describe(self) -> ServedModel: ...
-
-
 class ReplicaBackend:
     """Model replicas behind a Serve handle."""
 
-    def __init__(self, embedder: DeploymentHandle[Any]) -> None:
+    def __init__(self, name: str, embedder: DeploymentHandle[Any]) -> None:
+        self._name = name
         self._embedder = embedder
+
+    def models(self) -> list[str]:
+        return [self._name]
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         return await self._ask("embed", call, timeout_s=REQUEST_TIMEOUT_S)
 
-    async def describe(self) -> ServedModel:
-        return await self._ask("describe", timeout_s=HEALTH_TIMEOUT_S)
+    async def describe(self, model: str) -> ServedModel:
+        return await self._ask("describe", model, timeout_s=HEALTH_TIMEOUT_S)
+
+    async def tokenize(self, call: TokenizeCall) -> TokenizeReply:
+        return await self._ask("tokenize", call, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def decode(self, call: DecodeCall) -> list[str]:
+        return await self._ask("decode", call, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def load(self) -> dict[str, dict[str, float]]:
+        return await self._ask("load", timeout_s=HEALTH_TIMEOUT_S)
 
     async def _ask(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         """Calls a replica. Serve does not repeat a call whose replica died while it ran, so this does."""

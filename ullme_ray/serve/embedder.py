@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,6 +38,7 @@ class Embedder:
         if job.serve.gpus_per_replica == 0:
             torch.set_num_threads(job.serve.cpus_per_replica)
         self._job = job
+        self._created = int(time.time())
         self._encoder = open_encoder(job, device=None if job.serve.gpus_per_replica else "cpu")
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._tokens_per_batch = job.serve.tokens_per_batch
@@ -56,11 +58,12 @@ class Embedder:
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
         return EmbedReply(
             vectors.astype(np.float32, copy=False),
-            num_tokens=sum(len(ids) for ids in input_ids),
+            num_tokens=[len(ids) for ids in input_ids],
             num_truncated=sum(sum(tokens.truncated) for tokens in slices),
+            fingerprint=self._encoder.fingerprint,
         )
 
-    def describe(self) -> ServedModel:
+    def describe(self, model: str) -> ServedModel:
         import torch
         import transformers
 
@@ -75,6 +78,8 @@ class Embedder:
             vocab_size=int(self._encoder.backbone.get_input_embeddings().num_embeddings),
             pooling=settings.pooling,
             dtype=settings.dtype,
+            prompts=dict(self._encoder.tokenizer.prompts),
+            created=self._created,
             versions={
                 "ullme_ray": ullme_ray.__version__,
                 "torch": str(torch.__version__),  # a TorchVersion would make the ingress import torch
@@ -86,7 +91,10 @@ class Embedder:
         loop, texts = asyncio.get_running_loop(), call.texts or []
         return [
             await loop.run_in_executor(
-                self._tokenizer_thread, self._encoder.tokenizer.tokenize, texts[start : start + TEXTS_PER_SLICE], call.prompt
+                self._tokenizer_thread,
+                self._encoder.tokenizer.tokenize,  # type: ignore[arg-type]
+                texts[start : start + TEXTS_PER_SLICE],
+                call.prompt,
             )
             for start in range(0, len(texts), TEXTS_PER_SLICE)
         ]

@@ -17,7 +17,7 @@ class Ingress:
 
     def __init__(self, job: JobSpec, embedder: DeploymentHandle[Any]) -> None:
         assert job.serve is not None
-        self._api = create_api(job.name, job.serve, ReplicaBackend(embedder))
+        self._api = create_api(job.name, job.serve, ReplicaBackend(job.name, embedder))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._api

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -39,17 +39,40 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class InputRefusedError(Exception):
+    """Input that only the tokenizer can judge: the replica raises it, the HTTP side answers in the form of the route's API.
+
+    Args:
+        reason: too_long (text `position` has more than `limit` tokens, and `truncate` is false) or too_many_tokens (all
+            texts together; `position` is 0).
+        num_tokens: how many there are.
+    """
+
+    def __init__(self, reason: Literal["too_long", "too_many_tokens"], position: int, num_tokens: int, limit: int) -> None:
+        super().__init__(reason, position, num_tokens, limit)
+        self.reason, self.position, self.num_tokens, self.limit = reason, position, num_tokens, limit
+
+    def __str__(self) -> str:
+        if self.reason == "too_many_tokens":
+            return f"the texts have {self.num_tokens} tokens together; send at most {self.limit} in one request"
+        given = f"text {self.position} has {self.num_tokens} tokens, and the model takes {self.limit}"
+        return f"{given}; shorten it or allow truncation"
+
+
 @dataclass(frozen=True)
 class ServedModel:
-    """The model behind the server, as its replica describes it."""
+    """One served model, as its replica describes it."""
 
     name: str
     fingerprint: str
     dim: int
-    max_tokens: int
+    max_tokens: int  # of one text, prompt and special tokens included
     vocab_size: int
     pooling: str
     dtype: str
+    prompts: dict[str, str] = field(default_factory=lambda: {"query": "", "passage": ""})  # name -> text
+    created: int = 0  # seconds since 1970; when the replica loaded it
+    parent: str | None = None  # of an adapter: the served name of its backbone
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,17 +80,83 @@ class ServedModel:
 class EmbedCall:
     """What the ingress asks of a model replica: texts with the prompt they get, or token ids taken as they are."""
 
+    model: str  # a served name
     texts: list[str] | None
-    token_ids: list[list[int]] | None
-    prompt: Literal["query", "passage"]
-    dimensions: int | None
+    token_ids: list[list[int]] | None = None
+    prompt: str = "passage"  # a name out of ServedModel.prompts
+    dimensions: int | None = None  # cut, then normalised again where `normalize` says so
+    normalize: bool = True  # False: the pooled state as it is
+    truncate: bool = True  # False: InputRefusedError where a text is longer than max_tokens
+    truncation_direction: Literal["right", "left"] = "right"  # the end that is cut off
+    pool: bool = True  # False: the states of all tokens
+    max_request_tokens: int | None = None  # after truncation, over all texts; beyond it InputRefusedError
+    deadline_s: float | None = None  # seconds from now; later than that nobody waits for the answer
 
 
 @dataclass(frozen=True)
 class EmbedReply:
-    vectors: np.ndarray  # (N, D) float32, unit length
-    num_tokens: int
-    num_truncated: int
+    vectors: np.ndarray | list[np.ndarray]  # (N, D) float32; without pooling N times (L, D), prompt tokens included
+    num_tokens: list[int]  # of each input, prompt included, after truncation
+    num_truncated: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # of this request: tokenization, queue, inference
+    fingerprint: str = ""  # of the model that made them
+
+
+@dataclass(frozen=True)
+class TokenizeCall:
+    model: str
+    texts: list[str]
+    prompt: str = "passage"
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text; start and stop count characters of prompt + text, and are None for special tokens."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+@dataclass(frozen=True)
+class TokenizeReply:
+    tokens: list[list[Token]]  # of each text; never truncated
+
+
+@dataclass(frozen=True)
+class DecodeCall:
+    model: str
+    token_ids: list[list[int]]
+    skip_special_tokens: bool = True
+
+
+class Backend(Protocol):
+    """Where vectors come from. Every method raises ApiError where no replica can answer (503) or all are full (429)."""
+
+    def models(self) -> list[str]:
+        """The served names, the default one first."""
+        ...
+
+    async def describe(self, model: str) -> ServedModel: ...
+
+    async def embed(self, call: EmbedCall) -> EmbedReply:
+        """Cancelling it drops the work. Raises InputRefusedError as the call asks for it."""
+        ...
+
+    async def tokenize(self, call: TokenizeCall) -> TokenizeReply: ...
+
+    async def decode(self, call: DecodeCall) -> list[str]: ...
+
+    async def load(self) -> dict[str, dict[str, float]]:
+        """For each served name what is known of its replicas, summed over them, for /metrics and the status page.
+
+        Keys, each of which may be absent: replicas, queue_requests, queue_tokens (now); batches, batch_rows, batch_tokens,
+        padded_tokens, inference_seconds (since the start).
+        """
+        ...
 
 
 class EmbeddingRequest(BaseModel):
@@ -139,7 +228,7 @@ def to_call(request: EmbeddingRequest, model: ServedModel, *, max_inputs: int) -
         _check_texts(texts)
     else:
         _check_token_ids(inputs, model.vocab_size)
-    return EmbedCall(texts, token_ids, request.input_type or "passage", request.dimensions)
+    return EmbedCall(model.name, texts, token_ids, prompt=request.input_type or "passage", dimensions=request.dimensions)
 
 
 def _split_input(value: Any) -> tuple[list[str] | None, list[list[int]] | None]:
@@ -178,11 +267,12 @@ def _check_token_ids(rows: list[list[int]], vocab_size: int) -> None:
 def embedding_answer(reply: EmbedReply, *, model: str, encoding_format: Literal["float", "base64"] | None) -> bytes:
     """The JSON of a successful `POST /v1/embeddings`. Floats have the fewest digits that give the same float32 back."""
     if encoding_format == "base64":
-        rows = [f'"{base64.b64encode(row.tobytes()).decode()}"' for row in reply.vectors.astype("<f4")]
+        rows = [f'"{base64.b64encode(row.tobytes()).decode()}"' for row in np.asarray(reply.vectors, "<f4")]
     else:
         rows = [f"[{','.join(row.astype(str).tolist())}]" for row in reply.vectors]
     data = ",".join(f'{{"object":"embedding","index":{index},"embedding":{row}}}' for index, row in enumerate(rows))
-    usage = json.dumps({"prompt_tokens": reply.num_tokens, "total_tokens": reply.num_tokens})
+    num_tokens = sum(reply.num_tokens)
+    usage = json.dumps({"prompt_tokens": num_tokens, "total_tokens": num_tokens})
     return f'{{"object":"list","data":[{data}],"model":{json.dumps(model)},"usage":{usage}}}'.encode()
 
 
