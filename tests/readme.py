@@ -74,6 +74,8 @@ def _kind(annotation: Any) -> str:
         return _kind(arguments[0])
     if origin is typing.Literal:
         return " \\| ".join(f"`{value}`" for value in arguments)
+    if origin is dict:
+        return f"mapping of {_kind(arguments[0])} to {_kind(arguments[1])}"
     if origin is tuple:
         return f"list of {_kind(arguments[0])}"
     if origin in (typing.Union, types.UnionType):

@@ -40,23 +40,21 @@ def run_job(job: JobSpec, *, verbose: bool = False) -> None:
     """
     prepare(job, job.stages)
     with start_ray(job, verbose=verbose):
-        if job.train:
-            _say_stage("train", job)
-            from ullme_ray.train import run_train
+        for stage in job.stages:
+            _say_stage(stage, job)
+            if stage == "train":
+                from ullme_ray.train import run_train
 
-            print(describe_training(run_train(job)), flush=True)
-        if job.evaluate:
-            _say_stage("evaluate", job)
-            from ullme_ray.evaluate import run_evaluate
+                print(describe_training(run_train(job)), flush=True)
+            elif stage == "evaluate":
+                from ullme_ray.evaluate import run_evaluate
 
-            print(run_evaluate(job).to_text(), flush=True)
-        if job.embed:
-            _say_stage("embed", job)
-            from ullme_ray.embed import run_embed
+                print(run_evaluate(job).to_text(), flush=True)
+            elif stage == "embed":
+                from ullme_ray.embed import run_embed
 
-            print(run_embed(job).to_text(), flush=True)
+                print(run_embed(job).to_text(), flush=True)
         if job.serve:
-            _say_stage("serve", job)
             _serve(job, job.serve)
         else:
             print(_where_everything_lies(job))

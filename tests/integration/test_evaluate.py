@@ -12,10 +12,11 @@ import ray
 from safetensors.torch import load_file, save_file
 
 from ullme_ray import storage
-from ullme_ray.errors import DataError, ModelError
-from ullme_ray.evaluate import encoding, preflight, run_evaluate
+from ullme_ray.errors import DataError, ModelError, StorageError
+from ullme_ray.evaluate import encoding, preflight, run_evaluate, table_run
 from ullme_ray.model import encoder_fingerprint, open_encoder
 from ullme_ray.progress import Progress
+from ullme_ray.retrieval.local_set import read_local_set
 from ullme_ray.retrieval.metrics import mean_scores, score_run
 from ullme_ray.sample_data import ensure_dataset
 from ullme_ray.spec import JobSpec, RunFolder
@@ -46,15 +47,17 @@ def job(tiny_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobS
 
 def expected_measures(job: JobSpec) -> dict[str, float]:
     """The same by the simplest means: encode everything here, sort every score."""
-    from ullme_ray.retrieval.local_set import read_local_set
-
     heldout = read_local_set(f"{RunFolder.of(job).data}/heldout")
     encoder = open_encoder(job)
     queries = encoder.encode(list(heldout.queries.values()), "query")
-    passages = encoder.encode(list(heldout.passages.values()), "passage")
-    scores = queries @ passages.T
-    run = {query: dict(zip(heldout.passages, row.tolist())) for query, row in zip(heldout.queries, scores)}
-    return mean_scores(score_run(heldout.qrels, run, ["ndcg@5", "recall@5", "mrr@5"]))
+    texts = sorted(set(heldout.passages.values()))  # each once: equal texts must have equal scores to the last bit
+    scores = queries @ encoder.encode(texts, "passage").T
+    run = {}
+    for query, row in zip(heldout.queries, scores):
+        score_of = dict(zip(texts, row.tolist()))
+        run[query] = {id_: score_of[text] for id_, text in heldout.passages.items()}
+    run = {query: dict(sorted(found.items(), key=lambda hit: (hit[1], hit[0]))[-100:]) for query, found in run.items()}
+    return mean_scores(score_run(heldout.qrels, run, ["ndcg@5", "recall@5", "recall@100", "mrr@5", "map@100"]))
 
 
 def test_report_holds_the_measures_of_a_plain_search(job, monkeypatch):
@@ -70,6 +73,14 @@ def test_report_holds_the_measures_of_a_plain_search(job, monkeypatch):
     written = json.loads(storage.read_text(f"{RunFolder.of(job).evaluation}/report.json"))
     assert written == json.loads(json.dumps(report.as_dict()))
     assert f"{bm25.measures['ndcg@5']:.4f}" in report.to_text()
+    for found in scores.models:
+        low, high = found.intervals["ndcg@5"]
+        assert low < found.measures["ndcg@5"] < high
+    (difference,) = scores.comparisons
+    assert (difference.better, difference.worse, difference.measure) == ("bm25", "base", "ndcg@5")
+    assert difference.difference == pytest.approx(bm25.measures["ndcg@5"] - base.measures["ndcg@5"])
+    assert difference.p_value < 0.01
+    assert "bm25 over base" in report.to_text()
     assert "20 queries, 120 passages" in report.to_text()
 
 
@@ -87,6 +98,85 @@ def test_the_model_before_and_after_training_is_measured_in_the_same_actors(job,
     assert base.measures == pytest.approx(expected_measures(job), abs=1e-6)
     assert trained.measures == pytest.approx(expected_measures(trained_job), abs=1e-6)
     assert base.measures != trained.measures
+
+
+def test_the_run_of_a_model_in_trec_format_gives_trec_eval_the_same_measures(job):
+    import pytrec_eval
+
+    (scores,) = run_evaluate(job, models=("base", "bm25")).sets
+    heldout = read_local_set(f"{RunFolder.of(job).data}/heldout")
+    for found in scores.models:
+        with (Path(RunFolder.of(job).evaluation) / found.run).open() as stream:
+            run = pytrec_eval.parse_run(stream)
+        theirs = pytrec_eval.RelevanceEvaluator(heldout.qrels, {"ndcg_cut.5", "recall.5", "map_cut.100"}).evaluate(run)
+        for ours, name in (("ndcg@5", "ndcg_cut_5"), ("recall@5", "recall_5"), ("map@100", "map_cut_100")):
+            mean = sum(theirs.get(query, {}).get(name, 0.0) for query in heldout.qrels) / len(heldout.qrels)
+            assert found.measures[ours] == pytest.approx(mean, abs=1e-6), (found.model, ours)
+
+
+def test_any_sentence_transformers_model_stands_beside_ours(job, tiny_base, tmp_path):
+    """The same weights through that library attend one way: another model, whose measures it gives itself."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    backbone = Transformer(tiny_base)
+    other = SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "lasttoken")], device="cpu")
+    other.save(str(tmp_path / "some-model"))
+    models = [str(tmp_path / "some-model"), {"base": str(tmp_path / "some-model"), "prompts": {"query": "question: "}}]
+    tree = job.model_dump()
+    both = JobSpec.model_validate({**tree, "evaluate": {**tree["evaluate"], "models": models, "bm25": False}})
+    preflight(both)
+    (scores,) = run_evaluate(both).sets
+    assert [found.model for found in scores.models] == ["base", "some-model", "some-model-2"]
+    heldout = read_local_set(f"{RunFolder.of(job).data}/heldout")
+    passages = other.encode(list(heldout.passages.values()), normalize_embeddings=True)
+    for found, prompt in zip(scores.models[1:], ("", "question: ")):
+        queries = other.encode(list(heldout.queries.values()), prompt=prompt, normalize_embeddings=True)
+        run = {q: dict(zip(heldout.passages, row.tolist())) for q, row in zip(heldout.queries, queries @ passages.T)}
+        expected = mean_scores(score_run(heldout.qrels, run, ["ndcg@5", "mrr@5"]))
+        assert {name: found.measures[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert scores.models[1].measures != scores.models[2].measures
+    assert len(scores.comparisons) == 3
+    missing = JobSpec.model_validate({**tree, "evaluate": {**tree["evaluate"], "models": [str(tmp_path / "gone")]}})
+    with pytest.raises(ModelError, match=r"evaluate\.models: .*gone is not a folder"):
+        preflight(missing)
+
+
+def test_queries_over_the_embeddings_table_find_what_a_search_of_the_corpus_finds(job, tiny_base, monkeypatch):
+    """In whole documents as the set's own corpus; in chunks by each document's best."""
+    from ullme_ray.embed import run_embed
+
+    monkeypatch.setattr(table_run, "_PARTS_PER_TASK", 1)
+    tree = job.model_dump()
+    source = {"path": "run:data/heldout/corpus.jsonl", "id": "_id", "text": ["title", "text"]}
+    tree["evaluate"] = {"local": [{"path": "run:data/heldout", "table": True}, {"path": "run:data/heldout"}], "k": 5}
+    tree["embed"] = {"input": source, "rows_per_unit": 32}
+    whole = JobSpec.model_validate(tree)
+    assert whole.stages == ("embed", "evaluate")
+    with pytest.raises(StorageError, match="holds no embeddings table yet"):
+        run_evaluate(whole, models=("base",))
+    run_embed(whole)
+    over_table, over_corpus = run_evaluate(whole).sets
+    assert [found.model for found in over_table.models] == ["base"]
+    assert [found.model for found in over_corpus.models] == ["base", "bm25"]
+    assert over_table.num_passages == over_corpus.num_passages == 120
+    assert over_table.models[0].measures == pytest.approx(over_corpus.models[0].measures, abs=1e-6)
+
+    tree["embed"] = {"input": {**source, "chunks": {"tokens": 16, "overlap": 4}}}
+    chunked = JobSpec.model_validate(tree)
+    run_embed(chunked)
+    over_chunks, _ = run_evaluate(chunked, models=("base",)).sets
+    assert over_chunks.num_passages > 240
+    encoder, heldout = open_encoder(job), read_local_set(f"{RunFolder.of(job).data}/heldout")
+    queries, run = encoder.encode(list(heldout.queries.values()), "query"), {query: {} for query in heldout.queries}
+    for id_, text in heldout.passages.items():
+        tokens, _ = encoder.tokenizer.tokenize_chunks([text], "passage", chunk_tokens=16, overlap=4)
+        best = (queries @ encoder.embed_tokens(tokens).T).max(axis=1)
+        for query, score in zip(heldout.queries, best.tolist()):
+            run[query][id_] = score
+    expected = mean_scores(score_run(heldout.qrels, run, ["ndcg@5", "recall@5", "mrr@5"]))
+    found = over_chunks.models[0].measures
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_rerun_encodes_nothing_and_another_model_or_set_does(job, tiny_base, tmp_path, monkeypatch):
@@ -182,7 +272,7 @@ def test_the_whole_stage_on_s3(s3, tiny_base):
     report = run_evaluate(job)
     assert [found.model for found in report.sets[0].models] == ["base", "bm25"]
     stored = storage.list_files(f"{RunFolder.of(job).evaluation}/**")
-    assert sorted(Path(file.path).name == "report.json" for file in stored) == [False, False, True]
+    assert sorted(Path(file.path).suffix for file in stored) == [".json", ".json", ".json", ".trec", ".trec"]
 
 
 def test_preflight_names_a_missing_and_a_broken_set(job, tmp_path):
@@ -212,6 +302,6 @@ def test_a_scratch_model_is_measured_before_any_training(job):
 def test_a_job_that_is_not_trained_yet_fails_before_anything_is_encoded(job, monkeypatch):
     train = {"objective": "cl", "data": [{"path": "run:data/train.jsonl"}]}
     untrained = JobSpec.model_validate({**job.model_dump(), "train": train})
-    monkeypatch.setattr("ullme_ray.evaluate.run.EncoderPool", None)  # starting it would be a TypeError
+    monkeypatch.setattr("ullme_ray.evaluate.sets.EncoderPool", None)  # starting it would be a TypeError
     with pytest.raises(ModelError, match="holds no trained model yet"):
         run_evaluate(untrained)

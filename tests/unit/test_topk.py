@@ -8,7 +8,7 @@ import pytest
 from ullme_ray.errors import DataError
 from ullme_ray.retrieval import topk
 from ullme_ray.retrieval.metrics import rank
-from ullme_ray.retrieval.topk import top_k
+from ullme_ray.retrieval.topk import merge_hits, top_k
 
 
 def whole_numbers(rows: int, seed: int) -> np.ndarray:
@@ -56,3 +56,19 @@ def test_broken_vectors_are_refused():
     vectors[1, 3] = np.nan
     with pytest.raises(DataError, match="vector of b is not finite"):
         top_k(queries, [(["a", "b", "c"], vectors)], 2)
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 500])
+def test_an_id_that_comes_again_counts_by_its_best_vector(monkeypatch, block_rows):
+    monkeypatch.setattr(topk, "TILE_ROWS", 16)
+    queries, vectors = whole_numbers(9, 1), whole_numbers(500, 2)
+    ids = [f"document-{n % 60}" for n in range(500)]
+    blocks = [(ids[s : s + block_rows], vectors[s : s + block_rows]) for s in range(0, 500, block_rows)]
+    best: list[dict] = [{} for _ in queries]
+    for row, scores in zip(best, queries @ vectors.T):
+        for id_, score in zip(ids, scores.tolist()):
+            row[id_] = max(score, row.get(id_, score))
+    expected = [sorted(((i, s) for i, s in row.items()), key=lambda hit: (hit[1], hit[0]), reverse=True)[:10] for row in best]
+    assert top_k(queries, blocks, 10, repeated_ids=True) == expected
+    halves = [top_k(queries, part, 10, repeated_ids=True) for part in (blocks[::2], blocks[1::2])]
+    assert merge_hits(halves, 10) == expected

@@ -17,11 +17,13 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from ullme_ray.errors import ModelError, UllmeError
-from ullme_ray.model import open_encoder
-from ullme_ray.model.encoder import Encoder, Which
+from ullme_ray.evaluate.others import OtherEncoder
+from ullme_ray.model import Encoder, open_encoder
+from ullme_ray.model.encoder import Which
 from ullme_ray.model.tokenizing import PromptName
 from ullme_ray.progress import Progress
 from ullme_ray.spec import JobSpec, absolute_paths
+from ullme_ray.spec.evaluation import OtherModelSpec
 
 CHUNK_TEXTS = 256
 MAX_CPU_ACTORS = 4  # every actor holds the whole model
@@ -29,26 +31,32 @@ MAX_RESTARTS = 2
 SETTLE_S = 5.0  # how long cores of a stage that just ended may take to be reported free
 NOTE_AFTER_S = 30.0
 
+Model = Which | OtherModelSpec  # of the job, or any other
+
 
 class _EncodeActor:
     """Holds one encoder at a time. Every call names the model it wants, so that Ray can restart the actor after a crash."""
 
     def __init__(self, job: JobSpec, device: str | None) -> None:
         self._job, self._device = job, device
-        self._which: Which | None = None
-        self._encoder: Encoder | None = None
+        self._which: Model | None = None
+        self._encoder: Encoder | OtherEncoder | None = None
 
-    def load(self, which: Which) -> str:
+    def load(self, which: Model) -> str:
         """Loads a model in place of the one before and tells its fingerprint."""
         return self._open(which).fingerprint
 
-    def encode(self, which: Which, texts: list[str], prompt: PromptName) -> np.ndarray:
+    def encode(self, which: Model, texts: list[str], prompt: PromptName) -> np.ndarray:
         return self._open(which).encode(texts, prompt)
 
-    def _open(self, which: Which) -> Encoder:
+    def _open(self, which: Model) -> Encoder | OtherEncoder:
         if self._encoder is None or self._which != which:
             self._encoder = None  # its memory goes first
-            self._encoder, self._which = open_encoder(self._job, which=which, device=self._device), which
+            if isinstance(which, OtherModelSpec):
+                self._encoder = OtherEncoder(self._job, which, self._device)
+            else:
+                self._encoder = open_encoder(self._job, which=which, device=self._device)
+            self._which = which
         return self._encoder
 
 
@@ -77,7 +85,7 @@ class EncoderPool:
         # One in the middle of a call ends after it: killing it would make Ray tell the user that it tries the call again.
         self._actors, self._idle, self._loading = [], [], {}
 
-    def load(self, which: Which, fingerprint: str) -> None:
+    def load(self, which: Model, fingerprint: str) -> None:
         """Makes this the model of all later calls.
 
         Args:
@@ -115,10 +123,10 @@ class EncoderPool:
                 progress.note("still loading the model, or waiting for the cluster to place its first actor")
             for reference in done:
                 if reference in self._loading:
-                    self._loaded(self._loading.pop(reference), _get(reference))
+                    self._loaded(self._loading.pop(reference), get_or_raise(reference))
                 else:
                     actor, rows = running.pop(reference)
-                    vectors = _get(reference)
+                    vectors = get_or_raise(reference)
                     self._idle.append(actor)
                     yield rows, vectors
 
@@ -131,7 +139,7 @@ class EncoderPool:
         self._idle.append(actor)
 
 
-def _get(reference: Any) -> Any:
+def get_or_raise(reference: Any) -> Any:
     """`ray.get`, with our own errors as they were raised.
 
     Raises:

@@ -6,7 +6,6 @@ vectors count as what they stand for, and the question's vector is not quantised
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 from ullme_ray.errors import DataError, EmbedError, ServeError, UllmeError
+from ullme_ray.evaluate.table_parts import EMBEDDING_COLUMN, check_model, sorted_parts
 from ullme_ray.model import open_encoder
 from ullme_ray.retrieval import topk
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import EmbedSpec
-from ullme_ray.table import PROVENANCE_KEY, id_column, open_table
+from ullme_ray.table import id_column, open_table
 from ullme_ray.vectors import format_of
 
-EMBEDDING_COLUMN = "embedding"
 BATCH_ROWS = 16_384
 REQUEST_TIMEOUT_S = 60.0
 
@@ -66,7 +65,7 @@ def search(job: JobSpec, question: str, *, top_k: int, url: str | None = None) -
 
 def _open_parts(path: str) -> list[Any]:
     """The table's Parquet files, in name order, so that equal tables give equal answers."""
-    return sorted(open_table(path).to_pyarrow_dataset().get_fragments(), key=lambda part: part.path)
+    return sorted_parts(open_table(path))
 
 
 def _ask_model(job: JobSpec, question: str) -> _Question:
@@ -108,7 +107,7 @@ def _nearest(parts: list[Any], asked: _Question, k: int, path: str) -> list[tupl
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for part, first_row in zip(parts, first_rows.tolist()):
-            _check_model(part, asked.fingerprint, path)
+            check_model(part, asked.fingerprint, path)
             form = format_of(part.physical_schema.metadata)
             for batch in part.to_batches(columns=[EMBEDDING_COLUMN], batch_size=BATCH_ROWS):
                 if batch.num_rows:
@@ -126,18 +125,6 @@ def _nearest(parts: list[Any], asked: _Question, k: int, path: str) -> list[tupl
         part = int(np.searchsorted(first_rows, -negative_row, side="right")) - 1
         found.append((part, -negative_row - int(first_rows[part]), score))
     return found
-
-
-def _check_model(part: Any, fingerprint: str, path: str) -> None:
-    provenance = (part.physical_schema.metadata or {}).get(PROVENANCE_KEY)
-    if provenance is None:
-        raise EmbedError(f"{path} holds {part.path}, which `ullme-ray embed` did not write; it cannot be searched")
-    made_by = json.loads(provenance)["fingerprint"]
-    if made_by != fingerprint:
-        raise EmbedError(
-            f"the table {path} was made by another model (fingerprint {made_by[:12]}) than the question's vector "
-            f"({fingerprint[:12]}); run `ullme-ray embed` on this job again"
-        )
 
 
 def _read_hit(part: Any, row: int, score: float, embed: EmbedSpec) -> Hit:

@@ -212,7 +212,7 @@ class _Writer:
 def _read(source: SourceFiles, path: Path, known: array[int], rejects: _Rejects) -> None:
     writer = _Writer(path, _DRAFT)
     for position, file in enumerate(source.files):
-        for number, row in _file_rows(file):
+        for number, row in file_rows(file):
             pair = parse_row(row)
             if isinstance(pair, Pair) and source.needs_scores and pair.scores is None:
                 pair = NO_SCORES
@@ -246,7 +246,7 @@ def _shown(row: Any) -> str:
         return "nested too deeply to be shown"
 
 
-def _file_rows(file: storage.FileInfo) -> Iterator[tuple[int, Any]]:
+def file_rows(file: storage.FileInfo) -> Iterator[tuple[int, Any]]:
     """A remote file is copied first: then what fails is either the store or the file, and a retry reads nothing twice."""
     if storage.is_remote(file.path):
         with tempfile.TemporaryDirectory(dir=storage.cache_folder()) as folder:

@@ -24,18 +24,23 @@ class LocalSet:
     qrels: dict[str, dict[str, int]]  # query id -> passage id -> judged score
 
 
-def read_local_set(path: str) -> LocalSet:
+def read_local_set(path: str, *, with_corpus: bool = True) -> LocalSet:
     """Reads and checks a whole set.
 
     Rules: a passage is its title, a newline, and its text (only the text when it has no title). A passage without any text is
     left out, for no search can find it, but still counts when it was judged relevant. Queries that no row of the qrels names,
     or only with scores below 1, are left out.
 
+    Args:
+        with_corpus: false reads no corpus.jsonl, so that neither passages nor their ids in the qrels are known.
+
     Raises:
         DataError: a file is missing or empty, or a row is broken; names file and line.
     """
     digest = hashlib.sha256()
-    corpus = {id_: _passage_text(row) for id_, row in _read_rows(storage.join(path, "corpus.jsonl"), digest)}
+    corpus = None
+    if with_corpus:
+        corpus = {id_: _passage_text(row) for id_, row in _read_rows(storage.join(path, "corpus.jsonl"), digest)}
     texts = {id_: str(row["text"]) for id_, row in _read_rows(storage.join(path, "queries.jsonl"), digest)}
     judged = _read_qrels(storage.join(path, "qrels", "test.tsv"), digest, texts, corpus)
     qrels = {query: scores for query, scores in judged.items() if max(scores.values()) > 0}
@@ -50,7 +55,7 @@ def read_local_set(path: str) -> LocalSet:
         path=path,
         version=digest.hexdigest(),
         queries={query: texts[query] for query in qrels},
-        passages={id_: text for id_, text in corpus.items() if text.strip()},
+        passages={id_: text for id_, text in (corpus or {}).items() if text.strip()},
         qrels=qrels,
     )
 
@@ -98,7 +103,9 @@ def _read_rows(path: str, digest: hashlib._Hash) -> Iterator[tuple[str, dict[str
         raise DataError(f"{path} is empty")
 
 
-def _read_qrels(path: str, digest: hashlib._Hash, queries: dict[str, str], corpus: dict[str, str]) -> dict[str, dict[str, int]]:
+def _read_qrels(
+    path: str, digest: hashlib._Hash, queries: dict[str, str], corpus: dict[str, str] | None
+) -> dict[str, dict[str, int]]:
     lines = _read_lines(path, digest)
     number, header = next(lines, (1, ""))
     if tuple(header.split()) != QRELS_HEADER:
@@ -111,7 +118,7 @@ def _read_qrels(path: str, digest: hashlib._Hash, queries: dict[str, str], corpu
         query, passage, score = cells
         if query not in queries:
             raise DataError(f"{path} line {number}: query {query} is not in queries.jsonl")
-        if passage not in corpus:
+        if corpus is not None and passage not in corpus:
             raise DataError(f"{path} line {number}: passage {passage} is not in corpus.jsonl")
         if not score.lstrip("-").isdigit():
             raise DataError(f"{path} line {number}: score {score} is not a whole number")

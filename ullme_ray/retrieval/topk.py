@@ -17,17 +17,20 @@ TILE_ROWS = 4096
 Ids = np.ndarray | Sequence[Any]  # all text or all numbers
 
 
-def top_k(queries: np.ndarray, blocks: Iterable[tuple[Ids, np.ndarray]], k: int) -> list[list[tuple[Any, float]]]:
+def top_k(
+    queries: np.ndarray, blocks: Iterable[tuple[Ids, np.ndarray]], k: int, *, repeated_ids: bool = False
+) -> list[list[tuple[Any, float]]]:
     """The k best (id, score) of every query, best first; fewer when the corpus is smaller.
 
     Args:
         queries: (Q, D).
         blocks: the corpus as (ids, vectors (n, D)) of any sizes; an id comes once.
+        repeated_ids: an id may come several times, as that of a document in chunks does, and counts by its best vector.
 
     Raises:
         DataError: a vector is of another width, or not finite.
     """
-    search = _TopK(np.ascontiguousarray(queries, dtype=np.float32), k)
+    search = _TopK(np.ascontiguousarray(queries, dtype=np.float32), k, repeated_ids)
     for ids, vectors in blocks:
         search.add(np.asarray(ids), vectors)
     return search.best()
@@ -43,10 +46,23 @@ def best_of(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np
     return ids[order], scores[order]
 
 
+def merge_hits(found: Iterable[list[list[tuple[Any, float]]]], k: int) -> list[list[tuple[Any, float]]]:
+    """The answers of `top_k` over several parts of a corpus as one; an id found in more than one part counts by its best."""
+    merged = []
+    for hits in zip(*found, strict=True):
+        best: dict[Any, float] = {}
+        for id_, score in (hit for part in hits for hit in part):
+            best[id_] = max(score, best.get(id_, score))
+        ordered = sorted(((score, id_) for id_, score in best.items()), reverse=True)[:k]
+        merged.append([(id_, score) for score, id_ in ordered])
+    return merged
+
+
 class _TopK:
-    def __init__(self, queries: np.ndarray, k: int) -> None:
+    def __init__(self, queries: np.ndarray, k: int, repeated_ids: bool) -> None:
         self._queries = queries  # (Q, D)
         self._k = k
+        self._repeated_ids = repeated_ids
         self._ids: list[np.ndarray | None] = [None] * len(queries)
         self._scores = [np.empty(0, np.float32) for _ in queries]
 
@@ -74,6 +90,11 @@ class _TopK:
                     return
                 ids, scores = ids[keep], scores[keep]
             ids, scores = np.concatenate([known, ids]), np.concatenate([self._scores[row], scores])
+        if self._repeated_ids:
+            # Dropping an id's weaker vectors is exact: the k ids that once stood above it only ever gain.
+            order = np.argsort(-scores, kind="stable")
+            _, first = np.unique(ids[order], return_index=True)
+            ids, scores = ids[order[first]], scores[order[first]]
         self._ids[row], self._scores[row] = best_of(ids, scores, self._k)
 
     def best(self) -> list[list[tuple[Any, float]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ullme_ray.spec.evaluation import EvaluateSpec
 from ullme_ray.spec.job import EmbedOutputSpec, JobSpec, LatentAttentionSpec, MineSpec, TrainSpec
 
 
@@ -24,6 +25,7 @@ def contradictions(job: JobSpec) -> list[Contradiction]:
         *_pools(job),
         *(_train(job, job.train) if job.train else ()),
         *(_mine(job, job.mine) if job.mine else ()),
+        *(_evaluate(job, job.evaluate) if job.evaluate else ()),
         *_chunks(job),
         *(_stored_vectors(job, job.embed.output) if job.embed else ()),
         *_paths(job),
@@ -195,6 +197,25 @@ def _mine(job: JobSpec, mine: MineSpec) -> Iterator[Contradiction]:
                     (f"mine.encoder.{name}", "mine.encoder.base"),
                     f"cannot be set for encoder {mine.encoder.base}, which has the settings of the model section; remove it",
                 )
+
+
+def _evaluate(job: JobSpec, evaluate: EvaluateSpec) -> Iterator[Contradiction]:
+    if not evaluate.local:
+        yield Contradiction(
+            ("evaluate", "evaluate.local"),
+            "measures nothing; add local: [{path: FOLDER}]",
+        )
+    for i, local in enumerate(evaluate.local):
+        at = f"evaluate.local.{i}"
+        if local.table and job.embed is None:
+            yield Contradiction(
+                (f"{at}.table", "embed"), "= true searches the embeddings table of this job; add an embed section"
+            )
+        if local.table and local.corpus:
+            yield Contradiction((f"{at}.corpus", f"{at}.table"), "is not searched where table is true; remove one of them")
+    for i, other in enumerate(evaluate.models):
+        if not other.base:
+            yield Contradiction((f"evaluate.models.{i}",), "names no model; add base: the name or folder of one")
 
 
 def _chunks(job: JobSpec) -> Iterator[Contradiction]:

@@ -1,4 +1,4 @@
-"""The job file as typed, frozen objects: every default, unit and allowed value lives here or in objective.py.
+"""The job file as typed, frozen objects: every default, unit and allowed value lives here, in objective.py or evaluation.py.
 
 Imports neither torch nor ray, so `ullme-ray check` answers at once.
 """
@@ -11,14 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, GetJsonSchemaHandler, PositiveInt, model_validator
 from pydantic_core import CoreSchema
 
+from ullme_ray.spec.evaluation import EvaluateSpec
 from ullme_ray.spec.objective import ObjectiveSpec
 from ullme_ray.spec.secrets import SecretRef
-from ullme_ray.spec.section import AutoOrCount, Fraction, Name, NonNegative, Positive, Section, name_or_mapping
-
-
-class PromptsSpec(Section):
-    query: str = Field("", description="Text put before every query; attended to, left out of mean pooling.")
-    passage: str = Field("", description="Text put before every passage; attended to, left out of mean pooling.")
+from ullme_ray.spec.section import AutoOrCount, Fraction, Name, NonNegative, Positive, PromptsSpec, Section, name_or_mapping
 
 
 class LoraSpec(Section):
@@ -167,19 +163,6 @@ class TrainSpec(Section):
     @property
     def warmup_steps(self) -> int:
         return math.ceil(self.warmup_ratio * self.max_steps)
-
-
-class LocalSetSpec(Section):
-    path: str = Field(min_length=1, description="Folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv.")
-
-
-class EvaluateSpec(Section):
-    local: Annotated[tuple[LocalSetSpec, ...], Field(strict=False, min_length=1)] = Field(
-        description="Held-out retrieval sets."
-    )
-    compare_base: bool = Field(True, description="Also measure the model as it was before training.")
-    bm25: bool = Field(True, description="Also measure BM25 on the same sets.")
-    k: PositiveInt = Field(10, description="Cut-off of nDCG@k and recall@k.")
 
 
 class ChunksSpec(Section):
@@ -364,7 +347,7 @@ class JobSpec(Section):
     model: ModelSpec = Field(description="The backbone and how its states become a vector.")
     dataset: DatasetSpec | None = Field(None, description="A built-in data set, written to run:data before the first stage.")
     train: TrainSpec | None = Field(None, description="Fine-tuning on Ray Train and DeepSpeed.")
-    evaluate: EvaluateSpec | None = Field(None, description="Retrieval quality on held-out queries.")
+    evaluate: EvaluateSpec | None = Field(None, description="Quality: held-out retrieval, MTEB, generation.")
     mine: MineSpec | None = Field(None, description="Hard negatives for the training data; `ullme-ray mine` alone runs it.")
     embed: EmbedSpec | None = Field(None, description="Batch embedding on Ray Data into a Delta table.")
     serve: ServeSpec | None = Field(None, description="HTTP serving on Ray Serve.")
@@ -374,4 +357,7 @@ class JobSpec(Section):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that this job has, in the order in which `run` takes them."""
-        return tuple(stage for stage in ("train", "evaluate", "embed", "serve") if getattr(self, stage) is not None)
+        # Queries over the embeddings table wait for it.
+        embed_first = self.evaluate is not None and any(local.table for local in self.evaluate.local)
+        middle = ("embed", "evaluate") if embed_first else ("evaluate", "embed")
+        return tuple(stage for stage in ("train", *middle, "serve") if getattr(self, stage) is not None)

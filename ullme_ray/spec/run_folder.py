@@ -78,8 +78,13 @@ def absolute_paths(job: JobSpec) -> JobSpec:
     replace(tree["serve"], "api_keys", prefix="file:")
     for source in (tree["train"] or {}).get("data", ()):
         replace(source, "path")
-    for local_set in (tree["evaluate"] or {}).get("local", ()):
+    evaluate = tree["evaluate"] or {}
+    for local_set in evaluate.get("local", ()):
         replace(local_set, "path")
+        local_set["corpus"] = [path if path.startswith("run:") else _absolute(path) for path in local_set["corpus"]]
+    for other in evaluate.get("models", ()):
+        if os.path.isdir(os.path.expanduser(other["base"])):
+            replace(other, "base")
     if tree["embed"]:
         replace(tree["embed"]["input"], "path")
         replace(tree["embed"]["output"], "path")

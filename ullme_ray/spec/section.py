@@ -32,6 +32,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
+class PromptsSpec(Section):
+    query: str = Field("", description="Text put before every query; attended to, left out of mean pooling.")
+    passage: str = Field("", description="Text put before every passage; attended to, left out of mean pooling.")
+
+
 def name_or_mapping(handler: GetJsonSchemaHandler, schema: CoreSchema, name: dict[str, Any]) -> dict[str, Any]:
     """The JSON Schema of a section for which a name alone may stand, and in which no key is required."""
     reference = handler(schema)
