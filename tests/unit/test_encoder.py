@@ -269,6 +269,44 @@ def test_pooling_that_cannot_be_computed_is_refused(
         open_encoder(job_of(folder), device="cpu")
 
 
+def test_causal_attention_is_kept_by_encoder_training_and_export(tiny_base: str, tmp_path: Path) -> None:
+    both, causal = make_encoder(tiny_base), make_encoder(tiny_base, bidirectional=False)
+    assert both.fingerprint != causal.fingerprint
+    vectors = causal.encode(TEXTS, "query")
+    # The first token sees no other, so what follows it changes nothing; the control is attention both ways.
+    for encoder, moves in ((causal, False), (both, True)):
+        batches = [pad_batch([[5, 6, last]], 0, 0) for last in (7, 8)]
+        first, second = (
+            encode_batch(encoder.backbone, batch, "cls", bidirectional=not encoder.settings.causal) for batch in batches
+        )
+        assert bool((first - second).abs().max() > 1e-4) == moves
+    job = make_job(tiny_base, bidirectional=False)
+    module = build_two_pass(tiny_base, job.model, reference="none").eval()
+    tokens = causal.tokenizer.tokenize(TEXTS, "query")
+    with torch.no_grad():
+        trained = module(pad_batch(tokens.input_ids, tokens.prompt_length, causal.tokenizer.pad_id))[0].numpy()
+    assert (vectors * trained).sum(axis=1).min() >= 0.999999
+
+    from sentence_transformers import SentenceTransformer
+
+    folder = make_export(tiny_base, tmp_path / "model", bidirectional=False)
+    opened = open_encoder(job_of(folder), device="cpu")
+    theirs = SentenceTransformer(folder, device="cpu").encode(TEXTS, prompt_name="query")
+    assert (vectors * opened.encode(TEXTS, "query")).sum(axis=1).min() >= 0.999999
+    assert (vectors * theirs).sum(axis=1).min() >= 0.9999
+    assert (vectors * both.encode(TEXTS, "query")).sum(axis=1).min() < 0.999
+    assert "Attention is causal" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(ModelError, match=r"model\.bidirectional = true, but the model in .* was trained with false"):
+        open_encoder(job_of(folder, bidirectional=True), device="cpu")
+
+
+def test_model_card_tells_prompts_length_and_weights(tiny_base: str, tmp_path: Path) -> None:
+    folder = make_export(tiny_base, tmp_path / "model", prompts={"query": "a|b\n"}, lora={"rank": 4})
+    card = (Path(folder) / "README.md").read_text()
+    for fact in (r'| prompts | query `"a\|b\n"`, passage none |', "| longest text | 64 tokens |", "float32, LoRA merged"):
+        assert fact in card
+
+
 def make_foreign(base: str, folder: Path, *, pooling: str = "mean", include_prompt: bool = True, **config: Any) -> Any:
     """A sentence-transformers model as that library itself makes and saves it."""
     from sentence_transformers import SentenceTransformer

@@ -121,6 +121,11 @@ def test_objectives_that_generate_are_refused_by_name(family: str, bases: dict[s
     check_base(make_job(bases[family], objective={"preset": "cl", "distill_weight": 1.0}))
 
 
+def test_causal_attention_of_an_encoder_is_refused(bases: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match=r"model\.bidirectional = false, but .* always attends both ways"):
+        check_base(make_job(next(iter(bases.values())), bidirectional=False))
+
+
 def test_encoder_decoder_without_a_loadable_encoder_is_refused(bases: dict[str, str], tmp_path: Path) -> None:
     from transformers import BartConfig, BartModel
 

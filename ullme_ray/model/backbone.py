@@ -15,7 +15,15 @@ from safetensors import SafetensorError
 
 from ullme_ray import storage
 from ullme_ray.errors import ModelError, StorageError
-from ullme_ray.model.family import backbone_class, check_dims, check_length, check_objective, generates, training_class
+from ullme_ray.model.family import (
+    backbone_class,
+    check_attention,
+    check_dims,
+    check_length,
+    check_objective,
+    generates,
+    training_class,
+)
 from ullme_ray.model.probe import probe_attention
 from ullme_ray.spec.job import JobSpec, ModelSpec
 from ullme_ray.spec.run_folder import RunFolder
@@ -242,6 +250,7 @@ def check_base(job: JobSpec) -> None:
             f"model.base = {job.model.base} holds no .safetensors file; other weight formats can run code and are refused"
         )
     check_objective(job, config)
+    check_attention(job, config)
     check_dims(job, config)
     _, first = try_family(config, job.model)
     if job.train or "max_tokens" in job.model.model_fields_set:  # else a sentence-transformers folder may say less

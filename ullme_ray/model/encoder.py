@@ -56,13 +56,21 @@ class EncoderSettings:
     passage_prompt: str
     dtype: str
     latent_attention: tuple[int, int] | None = None  # latents and heads
-    causal: bool = False  # a sentence-transformers decoder that was not trained to attend both ways
+    causal: bool = False  # a decoder that was not trained to attend both ways
     prompt_is_pooled: bool = False  # so sentence-transformers does unless told otherwise
 
     @classmethod
     def of(cls, model: ModelSpec) -> EncoderSettings:
         shape = (model.latent_attention.latents, model.latent_attention.heads) if model.pooling == "latent_attention" else None
-        return cls(model.pooling, model.max_tokens, model.prompts.query, model.prompts.passage, model.dtype, shape)
+        return cls(
+            pooling=model.pooling,
+            max_tokens=model.max_tokens,
+            query_prompt=model.prompts.query,
+            passage_prompt=model.prompts.passage,
+            dtype=model.dtype,
+            latent_attention=shape,
+            causal=not model.bidirectional,
+        )
 
 
 class Encoder:
@@ -173,6 +181,12 @@ def read_settings(job: JobSpec, folder: str) -> EncoderSettings:
         "query_prompt": ("prompts.query", wanted.query_prompt, "query" in prompts_given),
         "passage_prompt": ("prompts.passage", wanted.passage_prompt, "passage" in prompts_given),
     }
+    if "bidirectional" in given and saved["causal"] != wanted.causal:
+        asked, trained = ("false", "true") if wanted.causal else ("true", "false")
+        raise ModelError(
+            f"model.bidirectional = {asked}, but the model in {folder} was trained with {trained}; "
+            f"put that value in the job, or train again under another name"
+        )
     for key, (field, value, is_given) in claims.items():
         if (is_given or job.train is not None) and saved[key] != value:
             raise ModelError(

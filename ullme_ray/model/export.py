@@ -55,8 +55,8 @@ def export_encoder(
     """
     settings = EncoderSettings.of(job.model)
     decoder = generates(backbone.config)
-    if decoder:  # transformers >= 5.2 then attends both ways without being asked at each call
-        backbone.config.is_causal = False
+    if decoder:  # transformers >= 5.2 then attends both ways, where it shall, without being asked at each call
+        backbone.config.is_causal = settings.causal
     try:
         backbone.save_pretrained(folder)
     finally:
@@ -139,10 +139,17 @@ def _probe_entries(encoder: Encoder, texts: Sequence[str] = _PROBE_TEXTS) -> lis
     ]
 
 
+def _quoted(prompt: str) -> str:
+    """A prompt as it stands in a cell of a Markdown table."""
+    return f"`{json.dumps(prompt, ensure_ascii=False)}`".replace("|", "\\|") if prompt else "none"
+
+
 def _model_card(job: JobSpec, config: Any, fingerprint: str, training: dict[str, Any], floor: float) -> str:
     model, kind = job.model, kind_of(config)
     attention = "Attention goes both ways, as this family always has it."
-    if kind == "decoder":
+    if not model.bidirectional:
+        attention = "Attention is causal, as the decoder was pretrained."
+    elif kind == "decoder":
         attention = (
             "Attention goes both ways (`is_causal: false` in config.json), which needs **transformers >= 5.2**: an older one\n"
             "computes wrong vectors silently."
@@ -170,7 +177,9 @@ A text embedder made from the {kind} `{model.base}` with ullme_ray, an implement
 | --- | --- |
 | vector | {config.get_text_config().hidden_size} numbers, unit length, cosine similarity |
 | pooling | {model.pooling} over the text's own tokens, prompt left out |
+| prompts | query {_quoted(model.prompts.query)}, passage {_quoted(model.prompts.passage)} |
 | longest text | {model.max_tokens} tokens |
+| weights | {model.dtype}{", LoRA merged" if model.lora is not None else ""} |
 {facts}
 | fingerprint | `{fingerprint}` |
 

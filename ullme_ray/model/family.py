@@ -115,6 +115,19 @@ def check_dims(job: JobSpec, config: Any) -> None:
         )
 
 
+def check_attention(job: JobSpec, config: Any) -> None:
+    """Only a decoder has causal attention to keep.
+
+    Raises:
+        ModelError: naming the family.
+    """
+    if not job.model.bidirectional and not generates(config):
+        raise ModelError(
+            f"model.bidirectional = false, but model.base = {job.model.base} is an {kind_of(config)} ({config.model_type}), "
+            f"which always attends both ways; remove the key, or take a decoder"
+        )
+
+
 def check_objective(job: JobSpec, config: Any) -> None:
     """A model without the generate pass cannot have terms that need it.
 

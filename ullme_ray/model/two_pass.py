@@ -88,14 +88,18 @@ class TwoPassModel(nn.Module):
     Args:
         lm: a causal language model, or an encoder, which has the encode pass alone; plain or wrapped by peft.
         pooling: of the encode pass, and its `head` where it has trained weights.
+        bidirectional: whether the encode pass attends both ways; the generate pass never does.
         reference: scored within the forward call: `adapter_off`, `frozen_copy` or `none`.
     """
 
-    def __init__(self, lm: Any, *, pooling: str, reference: str, seeds: RowSeeds, head: Any = None) -> None:
+    def __init__(
+        self, lm: Any, *, pooling: str, reference: str, seeds: RowSeeds, head: Any = None, bidirectional: bool = True
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.head = head
         self.pooling = pooling
+        self.bidirectional = bidirectional
         self.reference = reference
         self.seeds = seeds
         self.adapters = AdapterSwitch(lm)
@@ -145,7 +149,7 @@ class TwoPassModel(nn.Module):
         return query_embedding, passage_embedding, total, mean, reference
 
     def _encode(self, batch: TokenBatch) -> Tensor:
-        return encode_batch(self.causal_lm.base_model, batch, self.pooling, self.head)
+        return encode_batch(self.causal_lm.base_model, batch, self.pooling, self.head, bidirectional=self.bidirectional)
 
     def _score(self, batch: GenerationBatch) -> Tensor:
         return torch.stack(passage_logps(self.causal_lm, batch), dim=1)  # (R, 2)
@@ -209,7 +213,9 @@ def build_two_pass(
     if reference == "auto":
         reference = "adapter_off" if model.lora is not None else "frozen_copy"
     head = make_head(folder, model, lm.config, seed=seed, dtype=dtype)
-    module = TwoPassModel(lm, pooling=model.pooling, reference=reference, seeds=seeds, head=head)
+    module = TwoPassModel(
+        lm, pooling=model.pooling, reference=reference, seeds=seeds, head=head, bidirectional=model.bidirectional
+    )
     if gradient_checkpointing:
         causal_lm = module.causal_lm
         causal_lm.gradient_checkpointing_enable(

@@ -56,6 +56,9 @@ class ModelSpec(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention backend; auto takes the first of sdpa, eager that passes the bidirectional probe."
     )
+    bidirectional: bool = Field(
+        True, description="Tokens attend both ways when texts are embedded; false keeps a decoder's causal attention."
+    )
     prompts: PromptsSpec = Field(PromptsSpec(), description="Prompts for queries and passages.")
     lora: LoraSpec | None = Field(None, description="Train LoRA adapters on all linear layers; absent means full fine-tuning.")
     scratch: ScratchSpec = Field(ScratchSpec(), description="Shape of the model built for `base: scratch`.")

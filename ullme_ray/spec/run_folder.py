@@ -65,6 +65,8 @@ class RunFolder:
 def absolute_paths(job: JobSpec) -> JobSpec:
     """The same job for any working folder, such as that of a Ray worker: local paths absolute, `run:` paths as they are."""
     tree = job.model_dump(mode="json")
+    # Defaults are left out here, for a model's folder may say otherwise, and only what the user wrote can contradict it.
+    tree["model"] = job.model.model_dump(mode="json", exclude_unset=True)
 
     def replace(section: Any, key: str, prefix: str = "") -> None:
         value = section.get(key) if section else None
