@@ -96,7 +96,8 @@ def _answer(client: httpx.Client, method: str, route: str, **request: Any) -> di
     except ValueError:
         content = None
     if response.status_code != 200 or not isinstance(content, dict):
-        reason = content["error"]["message"] if isinstance(content, dict) and "error" in content else response.text[:200]
+        told = content.get("error") if isinstance(content, dict) else None  # nested in OpenAI's form, a text in TEI's
+        reason = (told.get("message") if isinstance(told, dict) else told) or response.text[:200]
         raise ServeError(f"{client.base_url} answered {route} with {response.status_code}: {reason}")
     return content
 

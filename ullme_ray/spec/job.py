@@ -320,12 +320,20 @@ class ServeSpec(Section):
     api_keys: SecretRef | None = Field(
         None, description="Accepted API keys, one per line or comma-separated, as env:NAME or file:PATH."
     )
+    requests_per_minute: PositiveInt | None = Field(
+        None, description="POST requests of one key per minute; beyond it the answer is 429. Absent: no limit."
+    )
+    access_log: bool = Field(True, description="A JSON line per request in Ray Serve's folder of logs; never a text or key.")
     tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
     batch_wait_ms: Annotated[float, Field(ge=0.0, le=1000.0)] = Field(
         2.0, description="How long a request may wait for others to share its forward pass."
     )
     max_inputs: PositiveInt = Field(2048, description="Texts in one request at most.")
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="Size of one request at most.")
+    max_request_tokens: PositiveInt = Field(300_000, description="Tokens in one request at most, once its texts are cut.")
+    request_timeout_s: Annotated[float, Field(gt=0.0, le=3600.0)] = Field(
+        300.0, description="How long a request may take; then the answer is 504. A client may ask for less: x-timeout-ms."
+    )
     max_queued_requests: PositiveInt = Field(512, description="Requests waiting at most; beyond it the answer is 429.")
     keep_running: bool = Field(
         True, description="`run` goes on serving until Ctrl-C; false stops after the questions of `search`."
