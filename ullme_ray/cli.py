@@ -92,13 +92,35 @@ def plan(path: JobFile, overrides: Overrides = None, as_json: AsJson = False) ->
 
 
 @app.command()
-def run(path: JobFile, overrides: Overrides = None, verbose: Verbose = False) -> None:
+def run(
+    path: JobFile,
+    overrides: Overrides = None,
+    stages: Annotated[
+        str | None,
+        typer.Option("--stages", metavar="A,B", help="Only these, such as train,embed; all of the job's by default."),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
     """Run every stage the job has: train, evaluate, embed, serve, then ask its questions."""
     with _exit_codes():
         job = _open_job(path, overrides)
-        from ullme_ray.run import run_job
+        from ullme_ray.run import chosen_stages, run_job
 
-        run_job(job, verbose=verbose)
+        run_job(job, chosen_stages(job, stages), verbose=verbose)
+
+
+@app.command()
+def render(
+    path: JobFile,
+    folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the manifests.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write Kubernetes manifests for KubeRay: RayJob, RayService, schedule, network policy; `kubectl apply -k DIR`."""
+    with _exit_codes():
+        from ullme_ray.deploy import write_manifests
+
+        for written in write_manifests(load_job(path, overrides or ()), folder):
+            print(f"wrote {written}")
 
 
 @app.command()

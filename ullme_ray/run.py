@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ullme_ray import storage
+from ullme_ray.errors import UllmeError
 from ullme_ray.parity import check_parity
 from ullme_ray.runtime import start_ray
 from ullme_ray.spec import JobSpec, RunFolder
@@ -29,19 +30,33 @@ if TYPE_CHECKING:
 EXCERPT_CHARS = 200
 
 
-def run_job(job: JobSpec, *, verbose: bool = False) -> None:
-    """Runs all stages of a job, on the cluster it names or on a local Ray.
+def chosen_stages(job: JobSpec, names: str | None) -> tuple[str, ...]:
+    """`train,embed` -> those stages, in the order in which they run; None means all of the job's.
+
+    Raises:
+        UllmeError: the job has no such stage.
+    """
+    wanted = set(names.split(",")) if names is not None else set(job.stages)
+    if unknown := sorted(wanted - set(job.stages)):
+        raise UllmeError(f"--stages names {', '.join(unknown)}, which this job does not have; it has {', '.join(job.stages)}")
+    return tuple(stage for stage in job.stages if stage in wanted)
+
+
+def run_job(job: JobSpec, stages: tuple[str, ...] | None = None, *, verbose: bool = False) -> None:
+    """Runs stages of a job, on the cluster it names or on a local Ray.
 
     Args:
+        stages: those to run; None means all of the job's.
         verbose: show what Ray and the workers print.
 
     Raises:
         UllmeError: a stage cannot run or failed, or the stages' vectors differ.
     """
-    prepare(job, job.stages)
-    with start_ray(job, verbose=verbose):
-        for stage in job.stages:
-            _say_stage(stage, job)
+    stages = job.stages if stages is None else stages
+    prepare(job, stages)
+    with start_ray(job, stages, verbose=verbose):
+        for stage in stages:
+            _say_stage(stage, stages)
             if stage == "train":
                 from ullme_ray.train import run_train
 
@@ -54,7 +69,7 @@ def run_job(job: JobSpec, *, verbose: bool = False) -> None:
                 from ullme_ray.embed import run_embed
 
                 print(run_embed(job).to_text(), flush=True)
-        if job.serve:
+        if job.serve and "serve" in stages:
             _serve(job, job.serve)
         else:
             print(_where_everything_lies(job))
@@ -144,8 +159,8 @@ def _excerpt(columns: dict[str, Any]) -> str:
     return textwrap.shorten(max(texts, key=len, default=""), EXCERPT_CHARS, placeholder=" ...")
 
 
-def _say_stage(stage: str, job: JobSpec) -> None:
-    position = f"{job.stages.index(stage) + 1}/{len(job.stages)}"
+def _say_stage(stage: str, stages: Sequence[str]) -> None:
+    position = f"{stages.index(stage) + 1}/{len(stages)}"
     print(f"\n== {position} {stage} ==", flush=True)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ullme_ray.errors import UllmeError
 from ullme_ray.spec import JobSpec
+from ullme_ray.spec.cluster import WorkerGroupSpec
 
 SPARE_CPUS = 2  # beside a stage's own pool: its driver-side tasks (reading, writing), the server's ingress
 CONNECT_TIMEOUT_S = 10.0
@@ -119,7 +120,7 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray's own ends the process without a word
     try:
-        _check_pools_fit(pools(job, stages), address or "the local Ray")
+        _check_pools_fit(pools(job, stages), address or "the local Ray", job.cluster.workers if address else ())
         yield
     finally:
         ray.shutdown()
@@ -146,10 +147,13 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
-def _check_pools_fit(wanted: Sequence[Pool], where: str) -> None:
+def _check_pools_fit(wanted: Sequence[Pool], where: str, groups: Sequence[WorkerGroupSpec]) -> None:
+    """On nodes that are there, or that an autoscaler may start: those of the job's own groups of workers."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(group.max > group.min for group in groups):
+        nodes = [{"CPU": group.cpus, "GPU": group.gpus} for group in groups for _ in range(group.max)]
     for pool in wanted:
         for name, each in (("CPU", pool.cpus), ("GPU", pool.gpus)):
             slots = sum(int(node.get(name, 0) / each) for node in nodes) if each else pool.min

@@ -29,6 +29,7 @@ def contradictions(job: JobSpec) -> list[Contradiction]:
         *_chunks(job),
         *(_stored_vectors(job, job.embed.output) if job.embed else ()),
         *_paths(job),
+        *_cluster(job),
     ]
 
 
@@ -289,6 +290,30 @@ def _paths(job: JobSpec) -> Iterator[Contradiction]:
             )
     if job.storage.startswith("run:"):
         yield Contradiction(("storage",), f"= {job.storage} is where run: paths lie, so it cannot be one itself")
+
+
+def _cluster(job: JobSpec) -> Iterator[Contradiction]:
+    groups = job.cluster.workers
+    for i, group in enumerate(groups):
+        at = f"cluster.workers.{i}"
+        if group.min > group.max:
+            yield Contradiction(
+                (f"{at}.min", f"{at}.max"), f"= {group.min} is more than max = {group.max}; lower min or raise max"
+            )
+        if group.name in {before.name for before in groups[:i]}:
+            yield Contradiction((f"{at}.name",), f"= {group.name} is the name of an earlier group; give each its own")
+        for label in group.node_labels:
+            if not all(label.partition("=")):
+                yield Contradiction((f"{at}.node_labels",), f"has {label!r}; write key=value")
+    if job.cluster.redis_password is not None and job.cluster.redis is None:
+        yield Contradiction(("cluster.redis_password", "cluster.redis"), "is of a Redis that is not named; add cluster.redis")
+    for stage in job.schedule.stages if job.schedule else ():
+        if stage not in job.stages:
+            yield Contradiction(
+                ("schedule.stages", stage), f"has {stage}, for which the job has no section; add it, or remove the stage"
+            )
+    if job.schedule and set(job.stages) <= {"serve"}:
+        yield Contradiction(("schedule", "train", "evaluate", "embed"), "has nothing to start: a server runs all the time")
 
 
 def _near_multiples(value: int, factor: int) -> str:

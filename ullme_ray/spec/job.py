@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, GetJsonSchemaHandler, PositiveInt, model_validator
 from pydantic_core import CoreSchema
 
+from ullme_ray.spec.cluster import ClusterSpec, ScheduleSpec
 from ullme_ray.spec.evaluation import EvaluateSpec
 from ullme_ray.spec.objective import ObjectiveSpec
 from ullme_ray.spec.secrets import SecretRef
@@ -345,10 +346,6 @@ class SearchSpec(Section):
     top_k: PositiveInt = Field(3, description="Passages printed per question.")
 
 
-class ClusterSpec(Section):
-    address: str | None = Field(None, description="Ray cluster to join, such as auto or host:6379; absent starts a local one.")
-
-
 class JobSpec(Section):
     """A whole job. Folders: everything lies under `storage`/`name`; a path `run:x` means x inside that folder."""
 
@@ -363,6 +360,7 @@ class JobSpec(Section):
     embed: EmbedSpec | None = Field(None, description="Batch embedding on Ray Data into a Delta table.")
     serve: ServeSpec | None = Field(None, description="HTTP serving on Ray Serve.")
     search: SearchSpec = Field(SearchSpec(), description="Questions asked of the table.")
+    schedule: ScheduleSpec | None = Field(None, description="When the job runs by itself, on Kubernetes.")
     cluster: ClusterSpec = Field(ClusterSpec(), description="Where the job runs.")
 
     @property

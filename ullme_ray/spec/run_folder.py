@@ -80,6 +80,9 @@ def absolute_paths(job: JobSpec) -> JobSpec:
     replace(tree["serve"], "api_keys", prefix="file:")
     for source in (tree["train"] or {}).get("data", ()):
         replace(source, "path")
+    if job.train and job.train.validation:
+        replace(tree["train"]["validation"], "path")
+    replace(tree["schedule"], "webhook", prefix="file:")
     evaluate = tree["evaluate"] or {}
     for local_set in evaluate.get("local", ()):
         replace(local_set, "path")
