@@ -25,6 +25,7 @@ from ullme_ray.serve import front
 from ullme_ray.serve.embedder import Embedder
 from ullme_ray.serve.ingress import Ingress
 from ullme_ray.serve.keys import KeyRing
+from ullme_ray.serve.warden import Guard, clear_leftover
 from ullme_ray.spec.job import JobSpec, ReplicasSpec, ServeSpec
 
 APP_NAME = "ullme_ray"
@@ -42,10 +43,12 @@ class Server:
     def __init__(self, url: str, address: tuple[str, int]) -> None:
         self.url = url
         self._address = address
+        self._guard = Guard()
 
     def stop(self) -> None:
         """Lets running requests finish, ends all processes of the server and frees the port."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
+        self._guard.release()
         with _quiet():
             if controller := _controller():
                 # serve.shutdown() waits on a call that the controller's own end breaks off, and Ray prints that to stdout
@@ -92,7 +95,7 @@ def start_server(job: JobSpec) -> Server:
     from ullme_ray.model import encoder_folder
 
     encoder_folder(job)
-    if _controller():
+    if _controller() and not clear_leftover():
         raise ServeError("Ray Serve already runs in this cluster; end it with `serve shutdown`, or use another cluster")
     address = settings.host, settings.port or _free_port(settings.host)
     server = Server(f"http://{_reachable(settings.host)}:{address[1]}", address)
