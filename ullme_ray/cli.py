@@ -110,6 +110,20 @@ def run(
 
 
 @app.command()
+def runs(path: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """List the runs of a job: when, how long, rows by fate, tokens, cost, how they ended."""
+    with _exit_codes(as_json=as_json):
+        job = _open_job(path, overrides)
+        from dataclasses import asdict
+
+        from ullme_ray.ledger import describe_runs
+        from ullme_ray.ledger import runs as list_runs
+
+        found = list_runs(job)
+        print(json.dumps([asdict(run) for run in found]) if as_json else describe_runs(found))
+
+
+@app.command()
 def render(
     path: JobFile,
     folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the manifests.")],
@@ -127,10 +141,12 @@ def render(
 def train(path: JobFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Fine-tune the model and export it; goes on from the last checkpoint."""
     with _stage("train", path, overrides, as_json, verbose) as job:
+        from ullme_ray.ledger import record
         from ullme_ray.run import describe_training
         from ullme_ray.train import run_train
 
         result = run_train(job)
+        record("train", result)
         _print_result(result, describe_training(result), as_json)
 
 
@@ -164,10 +180,12 @@ def embed(
     verbose: Verbose = False,
 ) -> None:
     """Embed the corpus into the table; what is done already is not done again."""
-    with _stage("embed", path, overrides, as_json, verbose) as job:
+    with _stage("embed", path, overrides, as_json, verbose, recorded=not only_plan) as job:
         from ullme_ray.embed import dry_run, run_embed
+        from ullme_ray.ledger import record
 
         report = dry_run(job) if only_plan else run_embed(job)
+        record("embed", report)
         _print_result(report, report.to_text(), as_json)
 
 
@@ -262,18 +280,86 @@ def export(
         _print_result(report, report.to_text(), as_json)
 
 
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="The cluster's Jobs API, such as http://HEAD:8265; RAY_API_SERVER_ADDRESS by default."),
+]
+
+
+@app.command()
+def submit(
+    path: JobFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    stages: Annotated[str | None, typer.Option("--stages", metavar="A,B", help="Only these; by default all.")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job; it runs on by itself.")] = False,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="How often a killed driver is submitted again.")] = 3,
+) -> None:
+    """Run a job on a cluster elsewhere: its log is followed, its exit code kept; run it again to follow it again."""
+    code = 0
+    with _exit_codes():
+        job = load_job(path, overrides or ())
+        from ullme_ray.deploy.submit import Cluster, submit_job
+
+        code = submit_job(
+            job,
+            Cluster(address),
+            stages=stages,
+            wait=not no_wait,
+            retries=retries,
+            write=lambda text: print(text, end="", flush=True),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def status(path: JobFile, address: Address = None) -> None:
+    """Show the newest submission of a job."""
+    with _exit_codes():
+        job = load_job(path)
+        from ullme_ray.deploy.submit import Cluster, describe_status, latest
+
+        print(describe_status(latest(Cluster(address), job.name)))
+
+
+@app.command()
+def logs(path: JobFile, address: Address = None) -> None:
+    """Print what the newest submission of a job has written so far."""
+    with _exit_codes():
+        job = load_job(path)
+        from ullme_ray.deploy.submit import Cluster, latest
+
+        cluster = Cluster(address)
+        print(cluster.log_text(latest(cluster, job.name).submission_id), end="")
+
+
+@app.command()
+def stop(path: JobFile, address: Address = None) -> None:
+    """Stop a submitted job; submitting it again goes on where it left off."""
+    with _exit_codes():
+        job = load_job(path)
+        from ullme_ray.deploy.submit import Cluster, latest
+
+        cluster = Cluster(address)
+        newest = latest(cluster, job.name)
+        cluster.stop(newest.submission_id)
+        print(f"stopping {newest.submission_id}")
+
+
 @contextlib.contextmanager
-def _stage(stage: str, path: Path, overrides: list[str] | None, as_json: bool, verbose: bool) -> Iterator[JobSpec]:
+def _stage(
+    stage: str, path: Path, overrides: list[str] | None, as_json: bool, verbose: bool, *, recorded: bool = True
+) -> Iterator[JobSpec]:
     """What the commands of single stages share: the job, its checks before long work, and Ray."""
     with _exit_codes(as_json=as_json):
         job = _open_job(path, overrides)
         if getattr(job, stage) is None:
             raise JobFileError(str(path), [Problem(stage, f"is missing; `ullme-ray {stage}` needs this section")])
-        from ullme_ray.run import prepare
-        from ullme_ray.runtime import start_ray
+        from ullme_ray.run import at_work
 
-        prepare(job, (stage,))
-        with start_ray(job, (stage,), verbose=verbose):
+        with at_work(job, (stage,), verbose=verbose, recorded_in_ledger=recorded):
             yield job
 
 

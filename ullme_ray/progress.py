@@ -15,6 +15,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from ullme_ray import logs
+
 SECONDS_BETWEEN_LINES = 5.0
 _RATE_WINDOW_S = 60.0
 
@@ -68,12 +70,18 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(f"{self.title}: {text}", markup=False, highlight=False)
         else:
-            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+            self._say(f"{self.title}: {text}")
 
     def _print_line(self) -> None:
         if self._line != self._last_line:
             self._last_line = self._line
-            print(self._line, file=sys.stderr, flush=True)
+            self._say(self._line)
+
+    def _say(self, line: str) -> None:
+        if logs.is_json():
+            logs.LOGGER.info(line, extra={"stage": self.title})
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:

@@ -5,16 +5,18 @@ Read `run_job` first. Stages resume by themselves: what is done already is found
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ullme_ray import storage
+from ullme_ray import logs, storage
 from ullme_ray.errors import UllmeError
+from ullme_ray.ledger import record, recorded
 from ullme_ray.parity import check_parity
 from ullme_ray.runtime import start_ray
 from ullme_ray.spec import JobSpec, RunFolder
@@ -53,14 +55,15 @@ def run_job(job: JobSpec, stages: tuple[str, ...] | None = None, *, verbose: boo
         UllmeError: a stage cannot run or failed, or the stages' vectors differ.
     """
     stages = job.stages if stages is None else stages
-    prepare(job, stages)
-    with start_ray(job, stages, verbose=verbose):
+    with at_work(job, stages, verbose=verbose):
         for stage in stages:
             _say_stage(stage, stages)
             if stage == "train":
                 from ullme_ray.train import run_train
 
-                print(describe_training(run_train(job)), flush=True)
+                trained = run_train(job)
+                record("train", trained)
+                print(describe_training(trained), flush=True)
             elif stage == "evaluate":
                 from ullme_ray.evaluate import run_evaluate
 
@@ -68,11 +71,31 @@ def run_job(job: JobSpec, stages: tuple[str, ...] | None = None, *, verbose: boo
             elif stage == "embed":
                 from ullme_ray.embed import run_embed
 
-                print(run_embed(job).to_text(), flush=True)
+                embedded = run_embed(job)
+                record("embed", embedded)
+                print(embedded.to_text(), flush=True)
         if job.serve and "serve" in stages:
             _serve(job, job.serve)
         else:
             print(_where_everything_lies(job))
+
+
+@contextlib.contextmanager
+def at_work(job: JobSpec, stages: Sequence[str], *, verbose: bool, recorded_in_ledger: bool = True) -> Iterator[None]:
+    """What every run of stages begins with: an entry in the ledger, the checks before long work, and Ray.
+
+    Raises:
+        UllmeError: the first thing found that would make a stage fail.
+    """
+    with recorded(job, stages) if recorded_in_ledger else contextlib.nullcontext() as run:
+        for note in run.notes if run is not None else ():
+            if logs.is_json():
+                logs.LOGGER.warning(note)
+            else:
+                print(f"note: {note}", file=sys.stderr, flush=True)
+        prepare(job, stages)
+        with start_ray(job, stages, verbose=verbose):
+            yield
 
 
 def prepare(job: JobSpec, stages: Sequence[str]) -> None:

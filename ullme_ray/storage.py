@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from ullme_ray.errors import StorageError
+from ullme_ray.reach import ROOTS, refused_path
 
 _COPY_BYTES = 2**22
 _AHEAD_BYTES = 2**23  # fetched beyond what is read; the client's own 50 MB would cost a reader of a part most of the rest
@@ -251,6 +252,8 @@ def _local_info(name: str) -> FileInfo | None:
         if os.path.islink(name):
             raise  # a link to nothing is no file that vanished
         return None  # removed by another process since it was listed
+    if (ROOTS in os.environ or os.path.islink(name)) and (refused := refused_path(name)):
+        raise StorageError(f"{name} {refused}")
     return FileInfo(os.path.abspath(name), stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}", stat.st_mtime)
 
 

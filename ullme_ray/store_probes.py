@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import uuid
 from datetime import UTC, datetime, timedelta
 
@@ -47,6 +48,35 @@ def keeps_exclusive_puts(folder: str) -> bool:
         finally:
             with contextlib.suppress(Exception):
                 store.rm_file(probe)
+
+
+def put_if_absent(path: str, data: bytes) -> bool:
+    """Creates a file; False where one of that name exists. Only where `keeps_exclusive_puts`.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with storage.explained("write", path):
+        if not storage.is_remote(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            whole = f"{path}.{uuid.uuid4().hex}.tmp"
+            try:
+                with open(whole, "xb") as stream:
+                    stream.write(data)
+                os.link(whole, path)  # with its content, or not at all
+            except FileExistsError:
+                return False
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(whole)
+            return True
+        try:
+            storage.filesystem(path).pipe_file(path, data, mode="create", timeout=_TIMEOUT_S)
+        except OSError as error:
+            if isinstance(error, FileExistsError) or error.errno == errno.EINVAL:  # 412, which s3fs knows by either
+                return storage.read_bytes(path) == data  # a request that was tried twice meets itself
+            raise
+        return True
 
 
 def abort_stale_uploads(folder: str, *, older_than: timedelta = _STALE) -> int:

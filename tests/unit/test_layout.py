@@ -16,10 +16,12 @@ STAGES = {"train", "mine", "embed", "serve", "evaluate"}
 # Who may import whom, bottom first: a module imports only from its own layer or those before it (DESIGN: layout).
 LAYERS = [
     {"errors"},
+    {"reach"},
     {"spec", "storage", "store_probes"},
+    {"logs", "telemetry"},
     {"losses", "pairs", "model", "retrieval", "sample_data", "progress", "table", "row_files", "vectors", "ray_data"},
     STAGES | {"vector_stores"},
-    {"runtime", "plan", "parity", "run"},
+    {"runtime", "plan", "parity", "ledger", "run"},
     {"deploy"},
     {"cli"},
     {"__main__"},

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ullme_ray import storage
+from ullme_ray import storage, telemetry
 from ullme_ray.embed.calibration import vector_ranges
 from ullme_ray.embed.commit import Commit, active_parts, can_grow, check_owner, commit
 from ullme_ray.embed.duplicates import Duplicates, find_duplicate_ids
@@ -179,12 +179,27 @@ def _embed_missing(run: _Run, *, show: bool) -> None:
             seen[outcome.forward.actor] = now
             actors = sum(now - at < _ACTIVE_ACTOR_S for at in seen.values())
             padding = f"{_padding_share([done.forward for done in run.outcomes[-_RECENT_UNITS:]]):.1%}"
+            _tell_of_unit(run, outcome)
             bar.update(rows, tokens_per_s=tokens / (now - started), padding=padding, actors=actors)
             if grows and every is not None and now - published > 60.0 * every:
                 if finished := plan.parts_of_whole_files(run.all_parts()):
                     run.commit(finished, whole=False)
                     bar.note(f"published {len(finished):,} units as version {run.version}")
                 published = time.monotonic()
+
+
+def _tell_of_unit(run: _Run, outcome: Outcome) -> None:
+    """To the log and to Prometheus, a few numbers per unit."""
+    job, part = run.context.job.name, outcome.part
+    fates = {"embedded": outcome.num_embedded, "copied": outcome.num_copied, "dead": outcome.num_dead}
+    for fate, rows in fates.items():
+        telemetry.count("ullme_embed_rows_total", rows, job, fate=fate)
+    telemetry.count("ullme_embed_units_total", 1, job)
+    telemetry.count("ullme_embed_tokens_total", outcome.forward.num_tokens, job)
+    telemetry.count("ullme_embed_bytes_total", part.num_bytes, job)
+    telemetry.count("ullme_embed_retries_total", outcome.retries, job)
+    telemetry.gauge("ullme_embed_units_left", len(run.plan.missing) - len(run.outcomes), job)
+    logger.info("unit done", extra={"unit": part.name, "tokens": outcome.forward.num_tokens, **fates})
 
 
 def _padding_share(forwards: Sequence[Forward]) -> float:

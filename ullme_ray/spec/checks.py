@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ullme_ray.reach import refused_path, refused_url
 from ullme_ray.spec.evaluation import EvaluateSpec
 from ullme_ray.spec.job import EmbedOutputSpec, JobSpec, LatentAttentionSpec, MineSpec, TrainSpec
 
@@ -272,6 +273,8 @@ def _paths(job: JobSpec) -> Iterator[Contradiction]:
         paths["mine.output"] = job.mine.output
         if job.mine.corpus:
             paths["mine.corpus.path"] = job.mine.corpus.path
+    if job.model.base.startswith(("/", "~", ".", "file://")):
+        paths["model.base"] = job.model.base
     for where, path in paths.items():
         scheme, separator, rest = path.partition("://")
         if separator and scheme not in ("s3", "file"):
@@ -280,6 +283,9 @@ def _paths(job: JobSpec) -> Iterator[Contradiction]:
             )
         elif separator and not rest.strip("/"):
             yield Contradiction((where,), f"= {path} names no {'bucket' if scheme == 's3' else 'folder'}")
+        is_local = scheme == "file" if separator else not path.startswith("run:")
+        if is_local and (refused := refused_path(path)):
+            yield Contradiction((where,), f"= {path} {refused}")
         if path.startswith("run:") and ".." in path.split("/"):
             yield Contradiction((where,), f"= {path} leaves the run's folder; remove the `..`")
         if path.startswith("run:data") and job.dataset is None:
@@ -305,6 +311,10 @@ def _cluster(job: JobSpec) -> Iterator[Contradiction]:
         for label in group.node_labels:
             if not all(label.partition("=")):
                 yield Contradiction((f"{at}.node_labels",), f"has {label!r}; write key=value")
+    addresses = {"cluster.address": job.cluster.address, "cluster.redis": job.cluster.redis}
+    for where, address in addresses.items():
+        if address is not None and (refused := refused_url(address)):
+            yield Contradiction((where,), f"= {address}: {refused}; name another host")
     if job.cluster.redis_password is not None and job.cluster.redis is None:
         yield Contradiction(("cluster.redis_password", "cluster.redis"), "is of a Redis that is not named; add cluster.redis")
     for stage in job.schedule.stages if job.schedule else ():

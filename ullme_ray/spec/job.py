@@ -155,6 +155,9 @@ class TrainSpec(Section):
     deepspeed: DeepSpeedSpec = Field(DeepSpeedSpec(), description="DeepSpeed engine.")
     validation: ValidationSpec | None = Field(None, description="Retrieval quality on held-out queries while training runs.")
     checkpoint_every_steps: PositiveInt = Field(50, description="Steps between two checkpoints.")
+    checkpoint_key: SecretRef | None = Field(
+        None, description="Key that signs checkpoints, as env:NAME or file:PATH; others are then refused. Absent: hashes alone."
+    )
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="Worker deaths survived by restarting from the last checkpoint."

@@ -82,6 +82,7 @@ def absolute_paths(job: JobSpec) -> JobSpec:
         replace(source, "path")
     if job.train and job.train.validation:
         replace(tree["train"]["validation"], "path")
+    replace(tree["train"], "checkpoint_key", prefix="file:")
     replace(tree["schedule"], "webhook", prefix="file:")
     evaluate = tree["evaluate"] or {}
     for local_set in evaluate.get("local", ()):

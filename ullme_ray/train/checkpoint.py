@@ -10,8 +10,10 @@ Costs 12 bytes per trained parameter, on storage and, divided by the ranks, in m
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,12 +31,14 @@ from ullme_ray import storage
 from ullme_ray.errors import TrainingError
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
+from ullme_ray.spec.secrets import SecretRef
 from ullme_ray.train.collectives import gather_objects, world
 from ullme_ray.train.engine import Engine, ParameterState
 
 _MANIFEST = "checkpoint.json"
 _MAY_CHANGE = {  # fields of `train` that change speed, place or bookkeeping, but no number of the run
     "checkpoint_every_steps",
+    "checkpoint_key",
     "chunk_size",
     "deepspeed",
     "gradient_checkpointing",
@@ -81,6 +85,7 @@ def check_resumable(job: JobSpec, checkpoint: Checkpoint) -> None:
         TrainingError: the job has other settings than the one that wrote the checkpoint; names each.
     """
     assert job.train is not None
+    _check_list(job, checkpoint)
     before, now = checkpoint.manifest["settings"], training_settings(job)
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
@@ -89,6 +94,30 @@ def check_resumable(job: JobSpec, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} was written under other settings ({shown}); put them back to resume, "
             f"or give the job another name"
         )
+
+
+def _check_list(job: JobSpec, checkpoint: Checkpoint) -> None:
+    """A checkpoint's list names files of its own folder only, and is signed with the job's key where it has one.
+
+    Raises:
+        TrainingError: it is not so.
+    """
+    foreign = [name for name in checkpoint.manifest["files"] if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    if foreign:
+        raise TrainingError(f"{checkpoint.path}/{_MANIFEST} names the file {foreign[0]!r}, which no checkpoint of ours has")
+    key = job.train.checkpoint_key if job.train is not None else None
+    signature = str(checkpoint.manifest.get("signature"))
+    if key is not None and not hmac.compare_digest(_signature(checkpoint.manifest, key), signature):
+        raise TrainingError(
+            f"{checkpoint.path} is not signed with train.checkpoint_key = {key.reference}: it was written without the key or"
+            f" with another, or was changed since; remove it to resume from the one before, or the key to trust it"
+        )
+
+
+def _signature(manifest: dict[str, Any], key: SecretRef) -> str:
+    """Over all of the manifest, and so over the hash of every file. The hashes themselves are checked when files are opened."""
+    signed = json.dumps({name: value for name, value in manifest.items() if name != "signature"}, sort_keys=True)
+    return hmac.new(key.reveal().get_secret_value().encode(), signed.encode(), "sha256").hexdigest()
 
 
 def training_settings(job: JobSpec) -> dict[str, Any]:
@@ -163,6 +192,9 @@ def save_checkpoint(engine: Engine, job: JobSpec, progress: TrainState) -> None:
             "settings": training_settings(job),
             "files": {name: facts for part in gathered for name, facts in part.items()},
         }
+        if job.train.checkpoint_key is not None:
+            manifest = json.loads(json.dumps(manifest))  # as it will be read, for the signature is over that
+            manifest["signature"] = _signature(manifest, job.train.checkpoint_key)
         storage.write_text(storage.join(target, _MANIFEST), json.dumps(manifest, indent=1))
         _drop_old(job, progress)
     if world_size > 1:

@@ -13,7 +13,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ullme_ray import storage
+from ullme_ray import storage, telemetry
 from ullme_ray.errors import StorageError, TrainingError, UllmeError
 from ullme_ray.model import check_base, ensure_base, open_tokenizer
 from ullme_ray.pairs import check_sources
@@ -22,6 +22,7 @@ from ullme_ray.spec import JobSpec, RunFolder, parse_job
 from ullme_ray.spec.run_folder import dump_job
 from ullme_ray.train.checkpoint import check_resumable, list_checkpoints
 from ullme_ray.train.curves import write_curves
+from ullme_ray.train.lock import RunLock
 from ullme_ray.train.trackers import Trackers, check_trackers
 from ullme_ray.train.validation import read_validation_set
 
@@ -105,7 +106,11 @@ def run_train(job: JobSpec) -> TrainResult:
         if steps_done:
             bar.note(f"resumes after step {steps_done}")
         try:
-            with Trackers(job, bar.note, steps_done=steps_done) as trackers, _Watcher(mailbox, bar, trackers) as watcher:
+            with (
+                RunLock(job, bar.note),
+                Trackers(job, bar.note, steps_done=steps_done) as trackers,
+                _Watcher(job, mailbox, bar, trackers) as watcher,
+            ):
                 try:
                     trainer.fit()
                 except ray.train.TrainingFailedError as error:
@@ -191,7 +196,8 @@ class _Mailbox:
 class _Watcher:
     """A thread that moves records from the mailbox to the progress bar and the trackers while `fit` blocks."""
 
-    def __init__(self, mailbox: Any, bar: Progress, trackers: Trackers) -> None:
+    def __init__(self, job: JobSpec, mailbox: Any, bar: Progress, trackers: Trackers) -> None:
+        self.job_name = job.name
         self.mailbox = mailbox
         self.bar = bar
         self.trackers = trackers
@@ -217,6 +223,7 @@ class _Watcher:
                 self.last |= record
                 self.bar.update(record["step"], **shown_figures(self.last))
                 self.trackers.write(record)
+                telemetry.train_record(self.job_name, record)
             if stopping:
                 return
 
