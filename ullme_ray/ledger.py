@@ -191,7 +191,7 @@ def _tell_webhook(job: JobSpec, run: Run) -> None:
         refused = refused_url(url, resolve=True)
         if refused or not url.startswith(("https://", "http://")):
             raise UllmeError("it must be an http(s):// URL, of no link-local address")
-        content = {"job": job.name, "run": run.id, "exit_code": run.exit_code, "error": run.error}
+        content: dict[str, Any] = {"job": job.name, "run": run.id, "exit_code": run.exit_code, "error": run.error}
         content |= {"started": run.started, "ended": run.ended, "host": run.host, "stages": list(run.stages)}
         for attempt in range(_WEBHOOK_ATTEMPTS):
             with contextlib.suppress(httpx.TransportError):

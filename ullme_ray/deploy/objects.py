@@ -26,7 +26,7 @@ RUN_FILE = f"{RUN_FOLDER}/rayjob.yaml"
 
 
 def config_map(job: JobSpec, job_text: str) -> Manifest:
-    """The resolved job file. It holds references to secrets, never a secret."""
+    """The job file. It holds references to secrets, never a secret."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

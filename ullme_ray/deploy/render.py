@@ -14,7 +14,6 @@ from ullme_ray.deploy.rules import broken_rules
 from ullme_ray.deploy.text import Manifest, dump
 from ullme_ray.errors import JobFileError, Problem, StorageError
 from ullme_ray.spec.job import JobSpec
-from ullme_ray.spec.run_folder import dump_job
 
 _BATCH = ("train", "evaluate", "embed")
 _HEAD = "# Made by `ullme-ray render` from the job {name}; change the job file and render again.\n"
@@ -30,7 +29,7 @@ def render_job(job: JobSpec) -> dict[str, str]:
     secret_variables(job)
     batch = tuple(stage for stage in job.stages if stage in _BATCH)
     inside = _inside(job, batch)
-    job_text = dump_job(inside)
+    job_text = _job_text(inside)
     manifests: dict[str, list[Manifest]] = {
         "configmap.yaml": [objects.config_map(inside, job_text)],
         "networkpolicy.yaml": [objects.network_policy(inside)],
@@ -92,6 +91,13 @@ def _inside(job: JobSpec, batch: tuple[str, ...]) -> JobSpec:
     if job.cluster.volume_gb is not None:
         tree["storage"] = STORAGE_MOUNT
     return JobSpec.model_validate(tree)
+
+
+def _job_text(job: JobSpec) -> str:
+    """The job file without what is default anyway, so that the manifests stay as they are when defaults are added."""
+    tree = job.model_dump(mode="json", exclude_defaults=True)
+    assert JobSpec.model_validate(tree) == job
+    return dump(tree)
 
 
 def _check(job: JobSpec) -> None:
