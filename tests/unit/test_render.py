@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 import tomllib
 from collections.abc import Callable
 from functools import cache
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from manifests import complaints, read
 
+from ullme_ray.cli import app
 from ullme_ray.deploy import render_job, write_manifests
 from ullme_ray.deploy.rules import broken_rules
 from ullme_ray.deploy.versions import RAY_VERSION
@@ -314,6 +317,19 @@ cluster:
     assert "REDIS_SECRET" not in {variable["name"] for variable in container(found)["env"]}
     (group,) = cluster(found)["workerGroupSpecs"]
     assert group["template"]["spec"]["nodeSelector"] == {"kubernetes.io/arch": "amd64"}
+
+
+def test_the_commands_of_the_cluster_readme_exist() -> None:
+    text = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL))
+    lines = [line.split("  #")[0] for line in blocks.splitlines() if line.startswith("ullme-ray ")]
+    assert len(lines) >= 5
+    group = typer.main.get_command(app)
+    for line in lines:
+        name, *words = shlex.split(line)[1:]
+        group.commands[name].make_context(name, words, resilient_parsing=False)  # type: ignore[attr-defined]
+    for path in re.findall(r"(?:cluster|jobs)/[\w./-]+\w", text):
+        assert (ROOT / path).exists(), path
 
 
 def test_rules_say_nothing_about_other_kinds() -> None:

@@ -60,7 +60,7 @@ def network_policy(job: JobSpec) -> Manifest:
     ingress: list[Manifest] = [
         {"from": [own]},
         {"from": [operator], "ports": _ports(DASHBOARD_PORT, SERVE_PORT)},
-        {"from": [monitoring], "ports": _ports(METRICS_PORT)},
+        {"from": [monitoring], "ports": _ports(METRICS_PORT, SERVE_PORT)},
     ]
     if job.serve is not None:
         clients = {"podSelector": {"matchLabels": {"ullme-ray/client": "true"}}, "namespaceSelector": {}}

@@ -33,7 +33,8 @@ class _Warden:
         """Returns once the owner is gone and Serve is shut down."""
         missing = 0
         while missing < _GONE_AFTER:
-            missing = 0 if _find(_OWNER) is not None else missing + 1
+            with contextlib.suppress(RuntimeError, ray.exceptions.RayError):  # Ray's head may be away for a while
+                missing = 0 if _find(_OWNER) is not None else missing + 1
             time.sleep(_LOOK_EVERY_S)
         serve.shutdown()
 
