@@ -31,6 +31,23 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 Say = Callable[[str], None]
 
 
+class _Log:
+    """A log that every new connection sends from its beginning: each character is written once."""
+
+    def __init__(self, write: Say) -> None:
+        self._write, self._written, self._seen = write, 0, 0
+
+    def begin(self) -> None:
+        self._seen = 0
+
+    def add(self, text: str) -> None:
+        new = text[max(0, self._written - self._seen) :]
+        self._seen += len(text)
+        if new:
+            self._write(new)
+            self._written = self._seen
+
+
 class Cluster:
     """The Jobs API of one cluster.
 
@@ -81,11 +98,11 @@ class Cluster:
 
     def follow(self, submission: str, write: Say) -> Any:
         """Writes the log as it grows until the job has ended; gives its details then."""
-        written = 0
+        log = _Log(write)
         while True:
             is_over = self._is_over(submission)
             with contextlib.suppress(Exception):  # a connection that breaks off is made again, after what was written
-                written = asyncio.run(self._tail(submission, written, write))
+                asyncio.run(self._tail(submission, log))
             if is_over:
                 return self.details(submission)
             time.sleep(_POLL_S)
@@ -93,15 +110,10 @@ class Cluster:
     def _is_over(self, submission: str) -> bool:
         return bool(self.details(submission).status.is_terminal())
 
-    async def _tail(self, submission: str, written: int, write: Say) -> int:
-        seen = 0
+    async def _tail(self, submission: str, log: _Log) -> None:
+        log.begin()
         async for text in self._client.tail_job_logs(submission):
-            new = text[max(0, written - seen) :]
-            seen += len(text)
-            if new:
-                write(new)
-                written = seen
-        return max(written, seen)
+            log.add(text)
 
     @contextlib.contextmanager
     def _explained(self, action: str) -> Iterator[None]:
