@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 START_TIMEOUT_S = 60.0
@@ -19,9 +20,15 @@ _KEY, _SECRET = "test-access-key", "test-secret-key"
 
 
 class S3Server:
-    """A store whose data lie in `folder`, so that they survive `kill` and the next `start`."""
+    """A store whose data lie in `folder`, so that they survive `kill` and the next `start`.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        address: where it listens.
+        prefix: before its command, such as one that enters a network namespace; `kill` ends this alone.
+    """
+
+    def __init__(self, folder: Path, *, address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
+        self.address = address
         self.log = folder / "weed.log"
         identity = {
             "name": "rw",
@@ -32,16 +39,17 @@ class S3Server:
         (folder / "data").mkdir()
         master, volume, filer, self.port = _free_ports(4)
         weed = Path(sys.executable).with_name("weed")  # of this environment, which need not be on PATH
-        self._command = (
-            f"{weed} -logtostderr=true server -dir={folder}/data -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.port={master} "
+        command = (
+            f"{weed} -logtostderr=true server -dir={folder}/data -ip={address} -ip.bind={address} -master.port={master} "
             f"-volume.port={volume} -filer.port={filer} -master.telemetry=false -master.volumeSizeLimitMB=64 -volume.max=1000 "
             f"-filer -s3 -s3.port={self.port} -s3.config={folder}/identities.json -s3.port.iceberg=0 -s3.port.lance=0"
         )
+        self._command = [*prefix, *command.split()]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
         """The AWS_* variables of a client of this store, or of a proxy before it."""
@@ -56,7 +64,7 @@ class S3Server:
 
     def start(self) -> None:
         with self.log.open("ab") as stream:
-            self._process = subprocess.Popen(self._command.split(), stdout=stream, stderr=stream, start_new_session=True)
+            self._process = subprocess.Popen(self._command, stdout=stream, stderr=stream, start_new_session=True)
 
     def kill(self) -> None:
         """SIGKILL to the server and all it started."""

@@ -81,13 +81,23 @@ def check(
 
 
 @app.command()
-def plan(path: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    path: JobFile,
+    overrides: Overrides = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", metavar="DOCUMENTS", help="Simulate embedding so many, such as 1e9, instead.")
+    ] = None,
+    cost: Annotated[
+        list[str] | None, typer.Option("--cost", metavar="NAME=VALUE", help="A cost for --scale, such as gpus=256.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what would run: batch arithmetic, steps, parameters, memory per worker, units to embed."""
     with _exit_codes(as_json=as_json):
         job = _open_job(path, overrides)
-        from ullme_ray.plan import make_plan
+        from ullme_ray.plan import make_plan, plan_scale
 
-        found = make_plan(job)
+        found = make_plan(job) if scale is None else plan_scale(job, scale, cost or ())
         print(json.dumps(found.as_dict()) if as_json else found.to_text())
 
 

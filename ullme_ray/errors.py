@@ -59,6 +59,10 @@ class TrainingError(UllmeError):
     """Training that must not go on, such as a loss that is no longer finite."""
 
 
+class CollectiveError(TrainingError):
+    """An operation of all ranks that some of them did not answer in time, or any more."""
+
+
 class EmbedError(UllmeError):
     """An embedding run that cannot be completed or committed."""
 

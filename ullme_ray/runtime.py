@@ -29,6 +29,9 @@ _QUIET = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives an interrupted run must not start a second Ray
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Without these a call to a host that was cut off hangs for minutes. A cluster needs them in `ray start` on every node too.
+    "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",

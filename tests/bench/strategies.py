@@ -76,7 +76,7 @@ def train(job: JobSpec, threads: int) -> None:
     if ndcg_at(job, job.train.max_steps) is None:
         code = (
             "import sys; from ullme_ray.spec import JobSpec; from ullme_ray.train.loop import train_on_rank; "
-            "train_on_rank(JobSpec.model_validate_json(sys.argv[1]), lambda record: None)"
+            "train_on_rank(JobSpec.model_validate_json(sys.argv[1]), lambda record: None, lambda *_: None)"
         )
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run(

@@ -65,7 +65,7 @@ def train_all(rank: int, port: int, jobs: list[JobSpec], result_file: str) -> No
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
     records: dict[str, list[dict[str, Any]]] = {job.name: [] for job in jobs}
     for job in jobs:
-        train_on_rank(job, records[job.name].append)
+        train_on_rank(job, records[job.name].append, lambda step, doing: None)
     Path(result_file).write_text(json.dumps(records))
     dist.destroy_process_group()
 

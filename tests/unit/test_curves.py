@@ -15,7 +15,7 @@ from PIL import Image
 
 from ullme_ray.spec import JobSpec
 from ullme_ray.train.curves import draw_html, draw_png, panels_of, running_mean, write_curves
-from ullme_ray.train.launch import shown_figures
+from ullme_ray.train.mailbox import shown_figures
 
 
 def make_job(folder: Path) -> JobSpec:

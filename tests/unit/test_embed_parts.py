@@ -241,3 +241,37 @@ def test_other_texts_ways_change_the_recipe_and_other_columns_do_not() -> None:
         replace(SETTINGS, vectors=VectorFormat("binary")).recipe,
     ]
     assert len(set(recipes)) == len(recipes)
+
+
+def test_after_a_large_commit_the_log_has_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And only then; a checkpoint that cannot be written costs a warning, never the commit."""
+    from ullme_ray.embed import commit as module
+
+    def part(number: int) -> Part:
+        return Part(SETTINGS.key_of(Unit(FILE, number, number + 1, 0)), f"{number:016x}", 1, 100)
+
+    def commit_first(count: int) -> int:
+        parts = {p.key: p for p in map(part, range(count))}
+        return commit(str(tmp_path), parts, SETTINGS.schema, job_name="docs", fingerprint="f1").version
+
+    def checkpoints() -> list[str]:
+        return sorted(path.name[:20] for path in (tmp_path / "_delta_log").glob("*.checkpoint.parquet"))
+
+    monkeypatch.setattr(module, "_CHECKPOINT_CHANGES", 5)
+    assert commit_first(6) == 0
+    assert checkpoints() == [f"{0:020d}"]
+    assert commit_first(8) == 1  # two changes
+    assert checkpoints() == [f"{0:020d}"]
+    assert commit_first(13) == 2
+    assert checkpoints() == [f"{0:020d}", f"{2:020d}"]
+    assert len(active_parts(open_table(str(tmp_path)))) == 13
+
+    def broken(path: str) -> None:
+        raise StorageError("the store is full")
+
+    monkeypatch.setattr(module, "open_table", broken)
+    assert commit_first(20) == 3
+    assert "got no checkpoint" in caplog.text
+    assert len(active_parts(open_table(str(tmp_path)))) == 20

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from ullme_ray.cli import app
 from ullme_ray.model.adapters import add_lora
 from ullme_ray.model.dropout import RowSeeds
-from ullme_ray.plan import Plan, make_plan, states_per_layer
+from ullme_ray.plan import Plan, make_plan
+from ullme_ray.plan.memory import states_per_layer
 from ullme_ray.spec import parse_job
 from ullme_ray.spec.job import LoraSpec
 

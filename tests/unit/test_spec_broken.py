@@ -81,6 +81,11 @@ BROKEN = {
     "null for a number": Broken(TRAIN + "  max_steps: null\n", 5, ("train.max_steps = null",)),
     "negative": Broken(TRAIN + "  learning_rate: -1e-4\n", 5, ("train.learning_rate = -0.0001", "greater than 0")),
     "zero workers": Broken(TRAIN + "  workers: {num_workers: 0}\n", 5, ("train.workers.num_workers = 0", "greater than 0")),
+    "more ranks at least than at most": Broken(
+        TRAIN + "  workers: {num_workers: 2, min_workers: 4}\n",
+        5,
+        ("train.workers.min_workers = 4", "more than num_workers = 2"),
+    ),
     "not a number": Broken(TRAIN + "  weight_decay: .nan\n", 5, ("train.weight_decay = nan", "finite number")),
     "infinite": Broken(TRAIN + "  learning_rate: .inf\n", 5, ("train.learning_rate = inf", "finite number")),
     "overflowing float": Broken(TRAIN + "  learning_rate: 1e999\n", 5, ("train.learning_rate = inf", "finite number")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, cre
 from ullme_ray.embed.parts import Part, PartKey, parse_part_name
 from ullme_ray.errors import EmbedError, StorageError
 from ullme_ray.storage import is_remote
-from ullme_ray.table import delta_options, find_table, reason_of
+from ullme_ray.table import delta_options, find_table, open_table, reason_of
+
+logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 20
+_CHECKPOINT_CHANGES = 10_000  # of a commit that a checkpoint follows at once; after smaller ones deltalake makes one in 100
 _MAX_FAILURES = 5  # of the store; waits 2, 4, 8, 16 s between them
 
 
@@ -79,6 +83,7 @@ def commit(
                     storage_options=delta_options(path),
                     commit_properties=note,
                 )
+                _checkpoint_after(path, len(wanted))
                 return Commit(0, {})
             active = active_parts(table)
             removed = {key: part for key, part in active.items() if key not in wanted and (whole or key.file in files)}
@@ -90,9 +95,9 @@ def commit(
                 table.create_write_transaction(changes, "append", delta_schema, commit_properties=note)
             else:  # other columns make other parts, so nothing is kept and the schema can change with the files
                 assert whole, "a table cannot have the columns of some files only"
-                table.create_write_transaction(
-                    [_add(part) for part in wanted.values()], "overwrite", delta_schema, commit_properties=note
-                )
+                changes = [_add(part) for part in wanted.values()]
+                table.create_write_transaction(changes, "overwrite", delta_schema, commit_properties=note)
+            _checkpoint_after(path, len(changes))
             # Without retries it is the next version or none; the handle stays at the one it read.
             return Commit(table.version() + 1, removed)
         except CommitFailedError:
@@ -107,6 +112,19 @@ def commit(
             time.sleep(2.0**failures)
         time.sleep(0.05 * (attempt + 1))
     raise EmbedError(f"the table {path} could not be committed to in {_MAX_ATTEMPTS} attempts, since other runs did; run again")
+
+
+def _checkpoint_after(path: str, num_changes: int) -> None:
+    """After a large commit, keeps what the table holds as one Parquet file beside the log, a third of the commit's size.
+
+    Readers then read that instead. Costs 7 us and 100 bytes a part. The table is whole without, so a fault here is only told.
+    """
+    if num_changes < _CHECKPOINT_CHANGES:
+        return
+    try:
+        open_table(path).create_checkpoint()
+    except (DeltaError, OSError, StorageError) as error:
+        logger.warning("the log of %s got no checkpoint (%s); readers go through all of it", path, reason_of(error))
 
 
 def can_grow(path: str, schema: pa.Schema) -> bool:

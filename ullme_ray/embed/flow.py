@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 from ullme_ray.embed.steps import EmbedActor, EmbedContext, Outcome, outcome_of, read_step, unit_row, write_step
@@ -19,18 +20,27 @@ STAGE = Stage(
 )
 
 
-def run_units(units: list[Unit], context: EmbedContext) -> Iterator[Outcome]:
+@dataclass(frozen=True)
+class Steps:
+    """What happens to a unit, as `ullme_ray.embed.steps` has it."""
+
+    read: Callable[..., Any] = read_step
+    actor: Callable[..., Any] = EmbedActor
+    write: Callable[..., Any] = write_step
+
+
+def run_units(units: list[Unit], context: EmbedContext, steps: Steps = Steps()) -> Iterator[Outcome]:
     """What became of each unit, as they are done, in any order.
 
     Raises:
         UllmeError: whatever a step raised on purpose, or with Ray's reason for anything else.
     """
     most = pool_limit(STAGE, embed_section(context.job).actors, len(units))
-    for _, outcome in run_beside(STAGE, _flow, units, context, most):
+    for _, outcome in run_beside(STAGE, _flow, units, context, most, steps):
         yield outcome
 
 
-def _flow(units: list[Unit], context: EmbedContext, most_actors: int, attempts: Attempts) -> Iterator[Outcome]:
+def _flow(units: list[Unit], context: EmbedContext, most_actors: int, steps: Steps, attempts: Attempts) -> Iterator[Outcome]:
     import ray.data
     from ray.data.exceptions import ExecutionTimeoutError
 
@@ -39,20 +49,20 @@ def _flow(units: list[Unit], context: EmbedContext, most_actors: int, attempts: 
     dataset = (
         ray.data.from_items([unit_row(unit) for unit in units], override_num_blocks=len(units))
         .map(
-            cast(Any, read_step),
+            steps.read,
             fn_args=(context, attempts),
             # A limit that is not the pool's keeps Ray from fusing this step into the actors, where the model would wait.
             compute=ray.data.TaskPoolStrategy(size=len(units) + 1),
             num_cpus=1,
         )
         .map(
-            cast(Any, EmbedActor),  # Ray's hints know functions of one argument only
+            cast(Any, steps.actor),
             fn_constructor_args=(context, attempts),
             compute=ray.data.ActorPoolStrategy(min_size=actors.min, max_size=most_actors),
             num_cpus=actors.cpus_per_actor,
             num_gpus=actors.gpus_per_actor,
         )
-        .map(cast(Any, write_step), fn_args=(context,), num_cpus=1)
+        .map(steps.write, fn_args=(context,), num_cpus=1)
     )
     try:
         for row in dataset.iter_rows():

@@ -111,8 +111,9 @@ class PartSettings:
             }
         )
 
-    def key_of(self, unit: Unit) -> PartKey:
-        return PartKey(unit.file.key, unit.start, unit.stop, self.recipe, self.version_of(unit.file))
+    def key_of(self, unit: Unit, version: str | None = None) -> PartKey:
+        """The key of a unit's part; `version` is `version_of` its file, where the caller has it already."""
+        return PartKey(unit.file.key, unit.start, unit.stop, self.recipe, version or self.version_of(unit.file))
 
     @property
     def schema(self) -> pa.Schema:

@@ -61,8 +61,9 @@ def make_plan(
     done: dict[PartKey, Part] = {}
     new: list[InputFile] = []
     changed: list[InputFile] = []
+    versions = {file.path: settings.version_of(file) for file in files}  # once per file: it is most of a key's cost
     for file in files:
-        version = settings.version_of(file)
+        version = versions[file.path]
         parts = {key: part for key, part in in_table.get(file.key, {}).items() if key.version == version}
         done |= parts
         if not parts:
@@ -74,7 +75,7 @@ def make_plan(
         hours = embed.output.retention_hours
         oldest_s = time.time() - 3600.0 * hours / 2 if hours is not None else 0.0
         for unit in _split_on_ray([*new, *changed], embed.rows_per_unit):
-            key = settings.key_of(unit)
+            key = settings.key_of(unit, versions[unit.file.path])
             readable = (open_part(info) for info in left_behind.get(key, []) if info.modified_s >= oldest_s)
             found = next((part for part in readable if part is not None), None)
             if found is not None:

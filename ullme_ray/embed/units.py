@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from ullme_ray import storage
@@ -54,7 +55,7 @@ class InputFile:
     members: tuple[TextFile, ...] = ()
     immutable: bool = False  # a file of a Delta table, whose content never changes
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for all versions of the file."""
         return hashlib.sha256(self.path.encode()).hexdigest()[:16]

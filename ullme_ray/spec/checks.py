@@ -107,6 +107,12 @@ def _train(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:
             f"= {batch} does not divide over {world_size} ranks; use {_near_multiples(batch, world_size)},"
             " or change train.workers.num_workers",
         )
+    least = train.workers.min_workers
+    if least is not None and least > world_size:
+        yield Contradiction(
+            ("train.workers.min_workers", "train.workers.num_workers"),
+            f"= {least} is more than num_workers = {world_size}; lower it or raise num_workers",
+        )
     objective, at = train.objective, "train.objective"
     names = ("contrastive_weight", "generation_weight", "alignment_weight", "distill_weight")
     weights = tuple(f"{at}.{name}" for name in names)

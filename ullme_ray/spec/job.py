@@ -98,6 +98,14 @@ class WorkersSpec(Section):
     num_workers: PositiveInt = Field(1, description="Training ranks W.")
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = Field(0, description="GPUs of one rank: 0 (CPU, gloo) or 1 (NCCL).")
     cpus_per_worker: PositiveInt = Field(1, description="CPU cores reserved for one rank.")
+    min_workers: PositiveInt | None = Field(
+        None,
+        description="After a loss of ranks go on with as few as so many, the most that divide global_batch_size; absent means "
+        "wait until num_workers fit again.",
+    )
+    timeout_s: Annotated[int, Field(ge=1)] = Field(
+        600, description="Seconds that ranks wait for one another in an operation; then the run names who did not answer."
+    )
     gpu_memory_gb: Positive | None = Field(
         None, description="Memory of one GPU in GiB, such as 80: `plan` then says what fits; absent means that it does not."
     )

@@ -1,7 +1,8 @@
-"""What ranks tell each other in a step. Each function is an identity where there is one rank."""
+"""What ranks tell each other in a step, each an identity where there is one rank; and how long they wait for one another."""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -61,3 +62,20 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether an operation of the process group failed, as it does when another rank is gone or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    marks = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Timed out waiting", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
+
+
+def limit_of_later_groups(timeout_s: float) -> None:
+    """Process groups that libraries make later get the job's time limit too, not torch's own of 10 and 30 minutes."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout_s)
+    if hasattr(distributed_c10d, "default_pg_nccl_timeout"):
+        distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s)

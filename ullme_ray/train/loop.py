@@ -34,13 +34,15 @@ from ullme_ray.train.step import total_tokens, train_step
 from ullme_ray.train.validation import Validator
 
 Report = Callable[[dict[str, Any]], None]
+Mark = Callable[[int, str], None]
 
 
-def train_on_rank(job: JobSpec, report: Report) -> None:
+def train_on_rank(job: JobSpec, report: Report, mark: Mark) -> None:
     """Runs the job's training on this rank; the process group must be up. Resumes from the newest checkpoint by itself.
 
     Args:
         report: gets every logged record, and `{"note": sentence}` for what a person should know; on rank 0 only.
+        mark: gets steps done and what this rank is about to do; named when ranks wait for one another in vain.
 
     Raises:
         UllmeError: data, model or checkpoint cannot be used, or a loss is not finite.
@@ -103,12 +105,14 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
         while not _is_over(at, train):
             step, start = at.step, time.perf_counter()
             assert upcoming is not None
+            mark(step, "preparing the batch")
             batch = upcoming.result().to(engine.device)
             if step + 1 < train.max_steps:
                 upcoming = prefetch.submit(fetch, step + 1)
 
             learning_rate = learning_rate_at(step, train)
             engine.set_learning_rate(learning_rate)
+            mark(step, "computing")
             result = train_step(engine, batch, train.objective, chunk_size=train.chunk_size, step=step, seed=job.seed)
 
             encode_tokens, generate_tokens = total_tokens(batch)
@@ -116,6 +120,7 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
             at = replace(at, step=step + 1)
             improved = False
             if validator is not None and (at.step % validator.settings.every_steps == 0 or at.step == train.max_steps):
+                mark(at.step, "validating")
                 before = at.best
                 at = replace(at, validations=(*at.validations, (at.step, validator.measure(engine))))
                 improved = at.best != before
@@ -136,10 +141,12 @@ def train_on_rank(job: JobSpec, report: Report) -> None:
             if at.step % train.checkpoint_every_steps == 0 or improved or at.finished:
                 if log is not None:
                     log.flush()  # first: a resumed run drops records after its checkpoint, but cannot make up missing ones
+                mark(at.step, "writing a checkpoint")
                 save_checkpoint(engine, job, at)
 
     if log is not None:
         log.close()
+    mark(at.step, "exporting")
     _export(job, at)
 
 

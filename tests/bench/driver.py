@@ -1,0 +1,243 @@
+"""What a run of many units costs its driver, with no model and no vectors: planning, handing out units, the commit.
+
+    python tests/bench/driver.py --units 1000000 --scheduled 20000
+
+Real code of `ullme_ray.embed` throughout: the corpus is real Parquet files of one row per unit, the units run through the real
+pipeline with steps that compute nothing, the parts are names in a real Delta log. What a unit costs is printed at the end as
+options for `ullme-ray plan --scale`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS_PER_FILE = 1000  # and units, as a unit is one row here
+ROWS_PER_UNIT = 4096  # that a part stands for in the log
+
+
+class Meter:
+    """Time and CPU time of this process, and the most memory that its tree held, while in a `with` block."""
+
+    def __enter__(self) -> Meter:
+        self._me = psutil.Process()
+        self.base_bytes = self._me.memory_info().rss
+        self.peak_bytes = self.base_bytes
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds, self.cpu_s = time.monotonic() - self._wall, time.process_time() - self._cpu
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self.peak_bytes = max(self.peak_bytes, self._me.memory_info().rss)
+
+    def line(self, count: int, what: str) -> str:
+        grown = self.peak_bytes - self.base_bytes
+        return (
+            f"{self.seconds:.1f} s ({self.cpu_s:.1f} s CPU), {1e6 * self.cpu_s / count:.1f} us CPU and "
+            f"{max(0, grown) / count:,.0f} bytes of memory per {what}"
+        )
+
+
+def write_corpus(folder: Path, units: int) -> None:
+    ids = pa.array([str(row) for row in range(ROWS_PER_FILE)])
+    rows = pa.table({"id": ids, "text": ids})
+    folder.mkdir(parents=True)
+    pq.write_table(rows, folder / "0.parquet")
+    for number in range(1, -(-units // ROWS_PER_FILE)):
+        shutil.copy(folder / "0.parquet", folder / f"{number}.parquet")
+
+
+def job_for(folder: Path) -> Any:
+    from ullme_ray.spec.job import JobSpec
+
+    embed = {
+        "input": {"path": str(folder / "corpus"), "id": "id"},
+        "output": {"path": str(folder / "table")},
+        "rows_per_unit": 1,
+    }
+    embed["actors"] = {"min": 2, "max": 2}
+    return JobSpec.model_validate({"name": "driver", "storage": str(folder), "model": {"base": str(folder)}, "embed": embed})
+
+
+# -- the steps that compute nothing; sent to Ray's processes by value, since this file is no module there ---------------------
+
+
+def fake_read(row: dict[str, Any], context: Any, attempts: Any) -> dict[str, Any]:
+    return row
+
+
+class FakeActor:
+    def __init__(self, context: Any, attempts: Any) -> None:
+        pass
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row
+
+
+def fake_write(row: dict[str, Any], context: Any) -> dict[str, Any]:
+    import pickle
+
+    from ullme_ray.embed.parts import Part
+    from ullme_ray.embed.steps import Forward, Outcome
+
+    unit = pickle.loads(row["unit"])
+    part = Part(context.settings.key_of(unit), "0" * 16, 1, 1)
+    forward = Forward(num_tokens=1, num_positions=1, seconds=0.0, flop=0.0, peak_flop=0.0, actor="fake")
+    return {"unit": row["unit"], "work": pickle.dumps(Outcome(part, 1, 0, 0, 0, forward, 0))}
+
+
+def measure(folder: Path, units: int, scheduled: int) -> dict[str, float]:
+    import ray
+
+    from ullme_ray.embed import flow
+    from ullme_ray.embed.commit import active_parts, commit
+    from ullme_ray.embed.listing import list_input
+    from ullme_ray.embed.parts import Part, PartSettings
+    from ullme_ray.embed.run_plan import make_plan
+    from ullme_ray.embed.steps import EmbedContext, Forward, Outcome
+    from ullme_ray.table import open_table
+    from ullme_ray.vectors import VectorFormat
+
+    found: dict[str, float] = {}
+    job = job_for(folder)
+    table = str(folder / "table")
+    types = pa.schema([("id", pa.string())])
+    settings = PartSettings(job.embed.input, types, "f" * 64, VectorFormat.of(job.embed.output))
+
+    base_bytes = psutil.Process().memory_info().rss
+    with Meter() as meter:
+        files = list_input(job)
+        plan = make_plan(files, table, settings, {}, job.embed)
+    assert len(plan.missing) == units
+    say(f"plan: {units:,} units of {len(files):,} files: {meter.line(units, 'unit')}")
+    found["plan_us"] = 1e6 * meter.cpu_s / units
+
+    if scheduled:
+        context = EmbedContext(job, table, settings)
+        some = plan.missing[:scheduled]
+        watch = TreeWatch()
+        with Meter() as meter, watch:
+            begun, first, count = time.monotonic(), 0.0, 0
+            for _ in flow.run_units(some, context, flow.Steps(fake_read, FakeActor, fake_write)):
+                count += 1
+                first = first or time.monotonic() - begun
+        assert count == scheduled
+        rate = (scheduled - 1) / (meter.seconds - first)
+        say(
+            f"schedule: {scheduled:,} units: {rate:,.0f} units/s after the first, which took {first:.0f} s; "
+            f"{meter.cpu_s:.1f} s CPU here; the process that runs the pipeline held {watch.most_bytes / 2**20:,.0f} MiB"
+        )
+        found["dispatch_per_s"] = rate
+    ray.shutdown()
+
+    forward = Forward(num_tokens=1, num_positions=1, seconds=0.0, flop=0.0, peak_flop=0.0, actor="fake")
+    with Meter() as meter:  # what the driver keeps of every unit until it commits
+        made = (Part(key, content(key), ROWS_PER_UNIT, ROWS_PER_UNIT * 1043) for key in plan.missing_keys)
+        outcomes = [Outcome(part, ROWS_PER_UNIT, 0, 0, 0, replace(forward), 0) for part in made]
+        parts = {outcome.part.key: outcome.part for outcome in outcomes}
+    say(f"outcomes: {meter.line(units, 'unit')}")
+    with Meter() as meter:
+        commit(table, parts, settings.schema, job_name="driver", fingerprint="f")
+    log = {path.name: path.stat().st_size for path in (Path(table) / "_delta_log").iterdir()}
+    say(
+        f"commit: {meter.line(units, 'part')}; log {', '.join(f'{name} {size / 2**20:,.1f} MiB' for name, size in log.items())}"
+    )
+    found["commit_us"] = 1e6 * meter.cpu_s / units
+    found["log_bytes"] = sum(log.values()) / units
+    found["driver_bytes"] = (peak_bytes() - base_bytes) / units
+    say(f"this process at its most: {peak_bytes() / 2**20:,.0f} MiB, {base_bytes / 2**20:,.0f} MiB before it planned")
+    with Meter() as meter:
+        active = active_parts(open_table(table))
+    assert active == parts
+    say(f"read the table's log: {meter.line(units, 'part')}")
+    wanted = dict(list(parts.items())[1:])
+    with Meter() as meter:
+        commit(table, wanted, settings.schema, job_name="driver", fingerprint="f")
+    say(f"commit of one change to it: {meter.seconds:.1f} s")
+    return found
+
+
+def content(key: Any) -> str:
+    return hashlib.sha256(str(key).encode()).hexdigest()[:16]
+
+
+class TreeWatch:
+    """The most memory that one process below this one held, the one that runs the pipeline being the largest."""
+
+    most_bytes = 0
+
+    def __enter__(self) -> TreeWatch:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if "_flow" in " ".join(process.cmdline()):
+                        self.most_bytes = max(self.most_bytes, process.memory_info().rss)
+                except psutil.Error:
+                    continue
+
+
+def peak_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--units", type=int, default=1_000_000, help="planned and committed")
+    parser.add_argument("--scheduled", type=int, default=20_000, help="of these, run through Ray Data; 0 leaves it out")
+    parser.add_argument("--folder", type=Path, help="for the corpus and the table; a temporary one by default")
+    given = parser.parse_args()
+    assert given.units % ROWS_PER_FILE == 0, f"--units must be a multiple of {ROWS_PER_FILE}"
+    import ray
+
+    from ullme_ray.runtime import quiet_libraries
+
+    quiet_libraries()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        write_corpus(Path(folder) / "corpus", given.units)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        say(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}, Ray {ray.__version__}")
+        found = measure(Path(folder), given.units, given.scheduled)
+    say("ullme-ray plan JOB.yaml --scale DOCUMENTS " + " ".join(f"--cost {name}={value:.4g}" for name, value in found.items()))
+    say(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
