@@ -44,17 +44,17 @@ def run_ranks(job: JobSpec, mailbox: Any, bar: Progress, entry: Callable[[dict[s
         ray.get(mailbox.forget_signs.remote())
         try:
             _trainer(job, world_size, mailbox, entry).fit()
-            failure: UllmeError | None = ray.get(mailbox.failure.remote())
-            if failure is not None:
-                raise failure
+            if (fatal := ray.get(mailbox.failure.remote())) is not None:
+                raise fatal
             return
         except ray.train.TrainingFailedError as error:
             if is_no_room(error):
                 bar.note(f"the cluster has no room for {world_size} ranks at present; waiting")
             else:
                 failures += 1
-                cause = cause_of(error, ray.get(mailbox.failure.remote()), read_signs(mailbox))
-                if failures > train.max_failures or not isinstance(cause, TrainingError):
+                fatal = ray.get(mailbox.failure.remote())
+                cause = cause_of(error, fatal, read_signs(mailbox))
+                if fatal is not None or failures > train.max_failures:
                     raise cause from None
                 bar.note(f"{cause}; starts again from the last checkpoint ({failures} of {train.max_failures} restarts)")
         world_size = ranks_that_fit(train, _slots(train))
