@@ -29,7 +29,7 @@ from hosts import RAY_PORT, Hosts, interrupt, reason_to_skip
 REASON = reason_to_skip()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-ROWS, ROWS_PER_UNIT, STEPS = 1200, 8, 60
+ROWS, ROWS_PER_UNIT, STEPS = 800, 8, 40
 CPUS = 3  # of a host, as Ray counts: a rank, or two embedding processes and one task that reads or writes
 RUN_TIMEOUT_S = 600.0
 PREPARE = f"""
