@@ -24,10 +24,10 @@ RAY_PORT = 6379
 # What makes Ray notice a silent host in seconds: without the first two its calls to a dead host hang for minutes.
 RAY_ENVIRONMENT = {
     "RAY_grpc_client_keepalive_time_ms": "5000",
-    "RAY_grpc_client_keepalive_timeout_ms": "3000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",

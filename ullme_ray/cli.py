@@ -374,10 +374,11 @@ def _stage(
 
 
 def _open_job(path: Path, overrides: list[str] | None) -> JobSpec:
-    from ullme_ray.runtime import quiet_libraries
+    from ullme_ray.runtime import cluster_address, quiet_libraries
 
-    quiet_libraries()
-    return absolute_paths(load_job(path, overrides or ()))
+    job = absolute_paths(load_job(path, overrides or ()))
+    quiet_libraries(cluster_address(job))
+    return job
 
 
 @contextlib.contextmanager

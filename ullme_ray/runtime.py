@@ -29,13 +29,14 @@ _QUIET = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives an interrupted run must not start a second Ray
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Without these a call to a host that was cut off hangs for minutes. A cluster needs them in `ray start` on every node too.
-    "RAY_grpc_client_keepalive_time_ms": "10000",
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+# On a cluster of several hosts, a call to one that was cut off hangs for minutes without these; the nodes need them in
+# `ray start` too. Not for a local Ray, where only a crowded machine could be that late.
+_KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "10000", "RAY_grpc_client_keepalive_timeout_ms": "5000"}
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,23 @@ class Pool:
     gpus: float
 
 
-def quiet_libraries() -> None:
-    """Keeps libraries from talking over the job's own output. Call it before they are imported; what is set already stays."""
-    for name, value in _QUIET.items():
+def quiet_libraries(cluster: str | None = None) -> None:
+    """Keeps libraries from talking over the job's own output. Call it before they are imported; what is set already stays.
+
+    Args:
+        cluster: address of the Ray cluster that will be joined, if any: calls to its hosts then get a time limit.
+    """
+    for name, value in (_QUIET | _KEEPALIVE if cluster else _QUIET).items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module=r"(accelerate|deepspeed|peft|ray|torch|transformers)\b")
     deepspeed_log = logging.getLogger("DeepSpeed")  # it sets its own level when it is imported, but keeps filters
     if not deepspeed_log.filters:
         deepspeed_log.addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def cluster_address(job: JobSpec) -> str | None:
+    """Of the Ray cluster that the job joins; None where it starts one of its own."""
+    return job.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 def pools(job: JobSpec, stages: Sequence[str] | None = None) -> list[Pool]:
@@ -94,13 +104,13 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
     Raises:
         UllmeError: no cluster answers at the address, a local Ray does not start, or the pools cannot fit into it.
     """
-    quiet_libraries()
+    address = cluster_address(job)
+    quiet_libraries(address)
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = job.cluster.address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if verbose else logging.ERROR
     if address:
         _join(address, level, verbose)
