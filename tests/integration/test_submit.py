@@ -72,6 +72,7 @@ def head() -> Iterator[Head]:
     gcs, dashboard, client, agent, metrics = free_ports(5)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the entrypoint's `python` is this one
     environment["RAY_metrics_report_interval_ms"] = "1000"
     own = Head(folder, f"http://127.0.0.1:{dashboard}", token, f"http://127.0.0.1:{metrics}/metrics", environment)
     ray = Path(sys.executable).with_name("ray")

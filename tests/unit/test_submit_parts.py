@@ -94,6 +94,7 @@ def play(cluster: Played, *, wait: bool = True, retries: int = 2) -> tuple[int, 
         retries=retries,
         write=written.append,
         say=said.append,
+        pause_s=0,
     )
     return code, said, written
 

@@ -26,6 +26,7 @@ STOPPED = 130  # exit code of a job that was stopped, as of one that is stopped 
 _OWN_CODES = (0, 1, 2, STOPPED)  # of a driver that ended by itself; any other means that something killed it
 _NAME = "ullme_job"  # of the metadata that holds the job's name
 _POLL_S = 1.0
+RESUBMIT_AFTER_S = 5.0  # in which what a killed driver had started ends by itself
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 Say = Callable[[str], None]
@@ -133,11 +134,21 @@ class Cluster:
             raise UllmeError(f"cannot {action} the cluster at {self.address} ({reason}){end}") from error
 
 
-def submit_job(job: JobSpec, cluster: Cluster, *, stages: str | None, wait: bool, retries: int, write: Say, say: Say) -> int:
+def submit_job(
+    job: JobSpec,
+    cluster: Cluster,
+    *,
+    stages: str | None,
+    wait: bool,
+    retries: int,
+    write: Say,
+    say: Say,
+    pause_s: float = RESUBMIT_AFTER_S,
+) -> int:
     """Submits a job, or follows it where it runs already; one whose driver was killed is submitted again and resumes.
 
     Args:
-        retries: how often a killed driver is replaced.
+        retries: how often a killed driver is replaced, each time after `pause_s`.
         write: gets the driver's output.
         say: gets sentences about the submission.
 
@@ -163,6 +174,7 @@ def submit_job(job: JobSpec, cluster: Cluster, *, stages: str | None, wait: bool
             say(f"{submission} was killed: {details.message}")
             return 1
         retries -= 1
+        time.sleep(pause_s)
         say(f"{submission} was killed; submitting it again, {retries} tries left")
         submission = cluster.submit(job, stages)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -69,19 +70,26 @@ class Server:
 def preflight(job: JobSpec) -> None:
     """What can be known before long work: the port is free, the keys are readable, and a model that is not trained here exists.
 
+    On a cluster the port is one of its head, and may yet be held by the server of a driver that died: `start_server` looks.
+
     Raises:
         UllmeError: one of them is not so.
     """
     settings = _settings(job)
     KeyRing(settings.api_keys)
-    if settings.port and not _is_free(settings.host, settings.port):
-        raise ServeError(
-            f"serve.port = {settings.port} is in use on {settings.host}; stop what uses it, or set 0 for a free one"
-        )
+    if not (job.cluster.address or os.environ.get("RAY_ADDRESS")):
+        _check_port(settings)
     if job.train is None and job.model.base != "scratch":
         from ullme_ray.model import base_folder
 
         base_folder(job)
+
+
+def _check_port(settings: ServeSpec) -> None:
+    if settings.port and not _is_free(settings.host, settings.port):
+        raise ServeError(
+            f"serve.port = {settings.port} is in use on {settings.host}; stop what uses it, or set 0 for a free one"
+        )
 
 
 def start_server(job: JobSpec) -> Server:
@@ -97,6 +105,7 @@ def start_server(job: JobSpec) -> Server:
     encoder_folder(job)
     if _controller() and not clear_leftover():
         raise ServeError("Ray Serve already runs in this cluster; end it with `serve shutdown`, or use another cluster")
+    _check_port(settings)
     address = settings.host, settings.port or _free_port(settings.host)
     server = Server(f"http://{_reachable(settings.host)}:{address[1]}", address)
     with _quiet():
