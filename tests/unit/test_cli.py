@@ -179,7 +179,7 @@ BROKEN_AT_RUN_TIME = {
     "model folder missing": ("model.base=./none", "model.base = ./none is not a folder"),
     "model folder without a model": ("model.base=.", "config"),
     "storage is a file": ("storage=job.yaml", "job.yaml"),
-    "storage cannot be made": ("storage=/proc/none", "/proc/none"),
+    "storage cannot be made": ("storage=/etc/passwd/none", "/etc/passwd/none"),
     "keys not set": ("serve.api_keys=env:ULLME_TEST_NOT_SET", "ULLME_TEST_NOT_SET is not set"),
 }
 
