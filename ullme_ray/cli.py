@@ -253,7 +253,15 @@ def search(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to look for.")],
     overrides: Overrides = None,
     top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Passages to show; search.top_k by default.")] = None,
-    url: Annotated[str | None, typer.Option("--url", help="A running server; without one the model is loaded here.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", metavar="COLUMN=VALUE", help="Only rows that match; also !=, <, >, in. Repeatable."),
+    ] = None,
+    index: Annotated[str | None, typer.Option("--index", help="exact, bits or faiss; search.index by default.")] = None,
+    url: Annotated[
+        str | None, typer.Option("--server", "--url", help="A running server; without one the model is loaded here.")
+    ] = None,
+    key: Annotated[str | None, typer.Option("--key", help="Key of the server, as env:NAME or file:PATH.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the best passages of the embeddings table for a question."""
@@ -262,9 +270,10 @@ def search(
         from ullme_ray.evaluate.search import search as find
         from ullme_ray.run import describe_hits
 
-        hits = find(job, question, top_k=top_k or job.search.top_k, url=url)
+        limit = top_k or job.search.top_k
+        hits = find(job, question, top_k=limit, url=url, key=key, where=where or (), index=index)
         if as_json:
-            answers = [{"id": hit.id, "score": hit.score, "columns": hit.columns} for hit in hits]
+            answers = [{"id": hit.id, "chunk": hit.chunk, "score": hit.score, "columns": hit.columns} for hit in hits]
             print(json.dumps({"question": question, "hits": answers}, default=str))
         else:
             print(describe_hits(question, hits))

@@ -171,9 +171,10 @@ def describe_hits(question: str, hits: Sequence[Hit]) -> str:
     """A question and its passages, best first, each with score and an excerpt."""
     lines = [f"Q: {question}"]
     for place, hit in enumerate(hits, start=1):
-        lines.append(f"  {place}. {hit.score:.3f}  {hit.id}")
+        chunk = f", chunk {hit.chunk}" if hit.chunk else ""
+        lines.append(f"  {place}. {hit.score:.3f}  {hit.id}{chunk}")
         lines += textwrap.wrap(_excerpt(hit.columns), width=100, initial_indent=" " * 5, subsequent_indent=" " * 5)
-    return "\n".join(lines if hits else [*lines, "  the table has no rows"])
+    return "\n".join(lines if hits else [*lines, "  no row found"])
 
 
 def _excerpt(columns: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from deltalake import Schema
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from ullme_ray.errors import DataError, EmbedError, ServeError, StorageError, UllmeError
-from ullme_ray.evaluate import search as search_module
+from ullme_ray.evaluate import table_parts
 from ullme_ray.evaluate.search import search
 from ullme_ray.model import Encoder, open_encoder
 from ullme_ray.spec import JobSpec
@@ -85,7 +85,7 @@ def table_job(tiny_base: str, tmp_path: Path, encoder: Encoder) -> JobSpec:
 
 
 def test_hits_are_those_of_a_full_sort(table_job, encoder, monkeypatch):
-    monkeypatch.setattr(search_module, "BATCH_ROWS", 2)
+    monkeypatch.setattr(table_parts, "BATCH_ROWS", 2)
     question = "how do I make a bucket private"
     cosines = encoder.encode(TEXTS) @ encoder.encode([question], "query")[0]
     hits = search(table_job, question, top_k=5)

@@ -15,14 +15,13 @@ import ray
 
 from ullme_ray.errors import DataError
 from ullme_ray.evaluate.encoding import get_or_raise
-from ullme_ray.evaluate.table_parts import EMBEDDING_COLUMN, check_model, sorted_parts
+from ullme_ray.evaluate.table_parts import BATCH_ROWS, EMBEDDING_COLUMN, check_model, sorted_parts
 from ullme_ray.retrieval.metrics import Run
 from ullme_ray.retrieval.topk import merge_hits, top_k
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.table import id_column, open_table
 from ullme_ray.vectors import format_of
 
-BATCH_ROWS = 16_384
 _PARTS_PER_TASK = 4
 
 Hits = list[list[tuple[Any, float]]]

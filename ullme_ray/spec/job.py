@@ -355,6 +355,11 @@ class ServeSpec(Section):
 class SearchSpec(Section):
     questions: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Asked by `run` once the server is up.")
     top_k: PositiveInt = Field(3, description="Passages printed per question.")
+    index: Literal["exact", "bits", "faiss"] = Field(
+        "exact",
+        description="exact compares every vector; bits and faiss find candidates in an index first, made when it is missing.",
+    )
+    oversample: PositiveInt = Field(20, description="Candidates of an index, per passage wanted, that are scored in float.")
 
 
 class JobSpec(Section):
