@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-_TOOLS = ("ip", "unshare", "nsenter", "mount", "bash")
+_TOOLS = ("ip", "setpriv", "unshare", "nsenter", "mount", "bash")
 _START_TIMEOUT_S = 60.0
 RAY_PORT = 6379
 # What makes Ray notice a silent host in seconds: without the first two its calls to a dead host hang for minutes.
@@ -31,6 +31,7 @@ RAY_ENVIRONMENT = {
     "RAY_health_check_failure_threshold": "3",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # else Ray's workers give way to everything else on this machine
 }
 
 
@@ -114,7 +115,7 @@ class Hosts:
     def __init__(self, folder: Path, count: int = 3) -> None:
         self._folder = folder
         self._count = count
-        self._name = f"ullme-{uuid.uuid4().hex[:6]}"
+        self._name = f"ullme-{os.getpid()}-{uuid.uuid4().hex[:4]}"
         token = folder / "auth_token"
         token.write_text(uuid.uuid4().hex * 2)
         kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
@@ -125,6 +126,7 @@ class Hosts:
         self.all: list[Host] = []
 
     def __enter__(self) -> Hosts:
+        _remove_names_of_the_dead()
         with contextlib.ExitStack() as stack:
             switch = f"{self._name}-sw"
             self._add_netns(switch, stack)
@@ -187,8 +189,10 @@ class Hosts:
             f"set -e; hostname host{number}; mount --bind {own} {private}; mount --bind {own}/ray /tmp/ray; "
             f"mount -t tmpfs -o size=1g tmpfs /dev/shm; touch {ready}; while :; do sleep 1000 & wait $!; done"
         )
+        # The host ends with this process, however that ends; names that a killed one left are removed by the next.
+        tied = ["setpriv", "--pdeathsig", "KILL"]
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--mount-proc", "--kill-child=KILL"]
-        init = subprocess.Popen(["ip", "netns", "exec", netns, *unshare, "bash", "-c", setup])
+        init = subprocess.Popen([*tied, "ip", "netns", "exec", netns, *unshare, "bash", "-c", setup])
         stack.callback(_end, init)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not ready.exists():
@@ -204,6 +208,12 @@ def interrupt(process: subprocess.Popen[bytes]) -> None:
     """Ctrl-C to a process that `Host.start` gave: not to nsenter, which stands before it."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError, IndexError):
         os.kill(_child_of(process), signal.SIGINT)
+
+
+def _remove_names_of_the_dead() -> None:
+    for netns in Path("/run/netns").glob("ullme-*-*-*"):
+        if not Path(f"/proc/{netns.name.split('-')[1]}").exists():
+            subprocess.run(["ip", "netns", "delete", netns.name], capture_output=True)
 
 
 def _child_of(process: subprocess.Popen[bytes]) -> int:

@@ -1,7 +1,7 @@
 """An embedding run too large to try: its time, cost, parts, log and driver memory, simulated from what one unit costs.
 
-Costs come from the job's last run (`embed_report.json`), from `--cost NAME=VALUE`, and else from the figures below, measured by
-`tests/bench/driver.py`. No Ray, no torch; a million units take about a second.
+Costs come from the job's last run (`embed_report.json`), from `--cost NAME=VALUE`, and else from the figures below.
+No Ray, no torch; a million units take about a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def _cost(default: float, unit: str) -> Any:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one of each takes. Those of the driver: 2 cores AMD EPYC, Ray 2.60, by `tests/bench/driver.py`."""
+    """What one of each takes. Planning, commit, log and memory were measured by `tests/bench/driver.py` (2 cores AMD EPYC, to
+    1M units); the others are assumptions, to be replaced by your own figures.
+    """
 
     gpus: float = _cost(256, "GPUs, one embedding process each")
     tokens_per_s: float = _cost(20_000, "tokens/s of one embedding process")
