@@ -383,10 +383,10 @@ def _stage(
 
 
 def _open_job(path: Path, overrides: list[str] | None) -> JobSpec:
-    from ullme_ray.runtime import cluster_address, quiet_libraries
+    from ullme_ray.runtime import quiet_libraries
 
     job = absolute_paths(load_job(path, overrides or ()))
-    quiet_libraries(cluster_address(job))
+    quiet_libraries()
     return job
 
 

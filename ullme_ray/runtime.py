@@ -34,10 +34,6 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
-# On a cluster of several hosts, a call to one that was cut off hangs for minutes without these; the nodes need them in
-# `ray start` too. Not for a local Ray, where only a crowded machine could be that late.
-_KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "10000", "RAY_grpc_client_keepalive_timeout_ms": "5000"}
-
 
 @dataclass(frozen=True)
 class Pool:
@@ -50,13 +46,13 @@ class Pool:
     gpus: float
 
 
-def quiet_libraries(cluster: str | None = None) -> None:
+def quiet_libraries() -> None:
     """Keeps libraries from talking over the job's own output. Call it before they are imported; what is set already stays.
 
-    Args:
-        cluster: address of the Ray cluster that will be joined, if any: calls to its hosts then get a time limit.
+    Nothing about keepalive is set here: a driver that pings a worker more often than the nodes were started for is cut off
+    by it ("too many pings"), and the task that ran there is lost. A driver on a node inherits what the node has.
     """
-    for name, value in (_QUIET | _KEEPALIVE if cluster else _QUIET).items():
+    for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module=r"(accelerate|deepspeed|peft|ray|torch|transformers)\b")
     deepspeed_log = logging.getLogger("DeepSpeed")  # it sets its own level when it is imported, but keeps filters
@@ -105,7 +101,7 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
         UllmeError: no cluster answers at the address, a local Ray does not start, or the pools cannot fit into it.
     """
     address = cluster_address(job)
-    quiet_libraries(address)
+    quiet_libraries()
     import ray
 
     if ray.is_initialized():
