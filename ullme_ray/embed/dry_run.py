@@ -77,6 +77,8 @@ def dry_run(job: JobSpec) -> DryRun:
         samples: list[_Sample] = ray.get([sample.remote(unit, context) for unit in chosen])
     except ray.exceptions.RayError as error:
         raise explained(STAGE, error) from error
+    finally:
+        context.close()
     rows_to_read = sum(unit.num_rows for unit in plan.missing)
     scale = rows_to_read / max(1, sum(one.rows for one in samples))
     tokens = scale * sum(one.distinct * one.tokens_per_text for one in samples)

@@ -84,8 +84,11 @@ def run_embed(job: JobSpec, *, progress: bool = True) -> EmbedReport:
     check_chunks(job)
     context, plan = open_run(job)
     run = _Run(context, plan, started, plan_seconds=time.monotonic() - started)
-    if plan.missing:
-        _embed_missing(run, show=progress)
+    try:
+        if plan.missing:
+            _embed_missing(run, show=progress)
+    finally:
+        context.close()
     wanted = run.all_parts()
     _check_all_rows_accounted(run, wanted)
     run.commit(wanted, whole=True)

@@ -42,6 +42,11 @@ class EmbedContext:
     settings: PartSettings
     index: ContentIndex | None = None  # of what the table holds; None: nothing can be copied
 
+    def close(self) -> None:
+        """Removes what the run keeps on the disks of the nodes."""
+        if self.index is not None:
+            self.index.close()
+
 
 @dataclass(frozen=True)
 class UnitTexts:
