@@ -169,7 +169,7 @@ def _embed_missing(run: _Run, *, show: bool) -> None:
     every = embed_section(run.context.job).publish_every_minutes
     grows = every is not None and plan.same_recipe and can_grow(run.context.folder, run.context.settings.schema)
     rows_before = sum(key.num_rows for key in plan.done)
-    rows, tokens, seen = rows_before, 0, {}
+    rows, tokens, seen, told = rows_before, 0, {}, set()
     with Progress("embed", plan.num_rows) if show else _Silent() as bar:
         if plan.done:
             bar.note(f"{len(plan.done):,} units are done already, {len(plan.missing):,} are left")
@@ -181,6 +181,9 @@ def _embed_missing(run: _Run, *, show: bool) -> None:
             tokens += outcome.forward.num_tokens
             seen[outcome.forward.actor] = now
             actors = sum(now - at < _ACTIVE_ACTOR_S for at in seen.values())
+            if (reason := outcome.forward.not_compiled) is not None and reason not in told:
+                told.add(reason)
+                bar.note(f"embed.compile is left out in an actor: {reason}")
             padding = f"{_padding_share([done.forward for done in run.outcomes[-_RECENT_UNITS:]]):.1%}"
             _tell_of_unit(run, outcome)
             bar.update(rows, tokens_per_s=tokens / (now - started), padding=padding, actors=actors)

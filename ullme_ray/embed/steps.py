@@ -75,6 +75,7 @@ class Forward:
     flop: float  # of the unit's tokens, padding not counted
     peak_flop: float  # what the device could have done in that time
     actor: str
+    not_compiled: str | None  # why the layers were not compiled though the job asks for it
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ class EmbedActor:
             with attempts.at(f"load in {self._name}", shown="loading the model"):
                 self._encoder = _open_encoder(context)
                 self._budget = _budget(context, self._encoder)
+                self._not_compiled = _compile(self._encoder, self._budget) if embed_section(context.job).compile else None
                 self._flop_per_token, self._peak = _speed_of(self._encoder)
         except UllmeError as error:
             self._encoder = error  # goes out with the first unit; Ray would start the actor again and again
@@ -236,6 +238,7 @@ class EmbedActor:
             flop=num_tokens * self._flop_per_token,
             peak_flop=seconds * self._peak,
             actor=self._name,
+            not_compiled=self._not_compiled,
         )
         return UnitVectors(work, vectors, forward, work.retries + retries)
 
@@ -270,6 +273,12 @@ def _budget(context: EmbedContext, encoder: Encoder) -> TokenBudget:
 
     wanted = embed_section(context.job).tokens_per_batch
     return encoder.find_budget() if wanted == "auto" else TokenBudget(wanted)
+
+
+def _compile(encoder: Encoder, budget: TokenBudget) -> str | None:
+    from ullme_ray.model import compile_where_faster
+
+    return compile_where_faster(encoder, budget)
 
 
 def _speed_of(encoder: Encoder) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from ullme_ray.model.backbone import base_folder, check_base
 from ullme_ray.model.base import ensure_base
 from ullme_ray.model.budget import TokenBudget
+from ullme_ray.model.compiled import compile_where_faster
 from ullme_ray.model.encoder import (
     Encoder,
     EncoderSettings,
@@ -24,6 +25,7 @@ __all__ = [
     "base_folder",
     "check_base",
     "check_probe",
+    "compile_where_faster",
     "encoder_fingerprint",
     "encoder_folder",
     "ensure_base",

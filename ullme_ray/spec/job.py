@@ -241,6 +241,10 @@ class EmbedSpec(Section):
     unpadded: Unpadded = Field(
         "auto", description="Attention without padding: auto uses it where the model computes the same, on insists, off pads."
     )
+    compile: bool = Field(
+        False,
+        description="Compile the model's layers with torch.compile when an actor starts, and keep that where it is faster.",
+    )
     publish_every_minutes: Positive | None = Field(
         None, description="Also commit finished files so often while the run goes on; absent means one commit at its end."
     )
