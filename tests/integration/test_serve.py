@@ -173,7 +173,7 @@ def bad_requests(name: str) -> list[tuple[str, str, bytes]]:
         return json.dumps({"input": "x", "model": name} | fields).encode()
 
     inputs: list[object] = ["", [], None, 7, 1.5, True, {}, ["x", ""], ["x", 1], [[]], [[1], []], [-1], [10**6], [[2**80]]]
-    inputs += [[1.0], [None], [["x"]], [[[1]]], ["x"] * 201, [[1], "x"], [False]]
+    inputs += [[1.5], [None], [["x"]], [[[1]]], ["x"] * 201, [[1], "x"], [False]]
     raw = [
         b"",
         b"{",

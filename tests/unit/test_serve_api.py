@@ -58,7 +58,7 @@ def test_tei_routes_give_what_tei_gives() -> None:
             assert both.json() == [pytest.approx([2, 1, 1.31, -1 / 3]), pytest.approx([1, 1, 0.67, -1 / 3])]
             by_ids = await http.post("/embed", json={"inputs": [[65, 66], [67]]})
             assert by_ids.json() == (await http.post("/embed", json={"inputs": ["AB", "C"]})).json()
-            cut = await http.post("/embed", json={"inputs": "AB", "dimensions": 2, "truncate": None})
+            cut = await http.post("/embed", json={"inputs": "AB", "dimensions": 2.0, "truncate": None})
             assert cut.json() == [pytest.approx(unit(2, 0))]
 
             states = (await http.post("/embed_all", json={"inputs": ["AB", "C"]})).json()

@@ -20,7 +20,7 @@ def parse_body(raw: bytes, form: type[Body], dialect: Dialect) -> Body:
         ApiError: 400 for what is no JSON, else the dialect's code, naming the field at fault.
     """
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_number)
     except (ValueError, RecursionError):
         raise ApiError(400, "the request body is not valid JSON in UTF-8") from None
     if not isinstance(body, dict):
@@ -118,6 +118,12 @@ def _field_names(form: type[BaseModel]) -> set[str]:
             if isinstance(part, type) and issubclass(part, BaseModel):
                 names |= _field_names(part)
     return names
+
+
+def _number(text: str) -> float | int:
+    """2.0 is an integer to JSON Schema, and some clients write one so."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _refuse_constant(name: str) -> Any:

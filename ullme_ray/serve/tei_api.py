@@ -61,6 +61,15 @@ class EmbedAllRequest(_TextForm):
 class EmbedRequest(EmbedAllRequest):
     """Body of `POST /embed`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {
+                "required": ["normalize", "output_dtype"],
+                "properties": {"normalize": {"const": False}, "output_dtype": {"enum": ["int8", "uint8"]}},
+            }
+        }
+    )
+
     normalize: bool | None = Field(None, description="Scale vectors to length 1, the default.")
     dimensions: Annotated[PositiveInt, Field(json_schema_extra={"x-limit": "dimensions"})] | None = Field(
         None, description="Cut vectors to this many dimensions."
