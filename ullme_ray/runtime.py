@@ -77,8 +77,10 @@ def pools(job: JobSpec, stages: Sequence[str] | None = None) -> list[Pool]:
             actors = section.actors
             found.append(Pool(stage, actors.min, actors.max, actors.cpus_per_actor, actors.gpus_per_actor))
     if job.serve:
-        replicas = job.serve.replicas
-        found.append(Pool("serve", replicas.min, replicas.max, job.serve.cpus_per_replica, job.serve.gpus_per_replica))
+        models = [job.serve.replicas, *(model.replicas for model in job.serve.models)]
+        # A model that may end when idle starts with one process all the same.
+        least, most = sum(max(pool.min, 1) for pool in models), sum(pool.max for pool in models)
+        found.append(Pool("serve", least, most, job.serve.cpus_per_replica, job.serve.gpus_per_replica))
     wanted = job.stages if stages is None else stages
     return [pool for pool in found if pool.stage in wanted]
 

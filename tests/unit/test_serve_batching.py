@@ -44,7 +44,9 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-async def queued(batcher: TokenBatcher, *requests: list[list[int]], prompt_length: int = 0) -> list[asyncio.Task[np.ndarray]]:
+async def queued(
+    batcher: TokenBatcher, *requests: list[list[int]], prompt_length: int = 0
+) -> list[asyncio.Task[list[np.ndarray]]]:
     """Submits requests one after the other, without waiting for their answers."""
     tasks = []
     for input_ids in requests:
@@ -55,7 +57,7 @@ async def queued(batcher: TokenBatcher, *requests: list[list[int]], prompt_lengt
     return tasks
 
 
-async def held(model: FakeModel, batcher: TokenBatcher) -> asyncio.Task[np.ndarray]:
+async def held(model: FakeModel, batcher: TokenBatcher) -> asyncio.Task[list[np.ndarray]]:
     """A first request that occupies the model until `model.open` is set."""
     model.open.clear()
     first = asyncio.create_task(batcher.submit([[1]], 0))
@@ -77,7 +79,7 @@ def test_every_row_gets_its_own_answer_in_any_mix_and_order() -> None:
         ]
         answers = await asyncio.gather(*(batcher.submit(ids, prompt_length) for ids, prompt_length in requests))
         for vectors, (ids, prompt_length) in zip(answers, requests, strict=True):
-            assert vectors.tolist() == answer(ids, prompt_length)
+            assert np.stack(vectors).tolist() == answer(ids, prompt_length)
         assert sum(map(len, model.batches)) == sum(len(ids) for ids, _ in requests), "each row runs once"
         assert len(model.batches) < len(requests), "requests share batches"
         await batcher.close()
@@ -133,7 +135,7 @@ def test_an_oversized_request_gives_way_to_small_ones_after_each_batch() -> None
         assert [len(batch) for batch in model.batches[:2]] == [1, 2], "the huge one came first, so it takes the first turn"
         assert any([3] * 5 in batch for batch in model.batches[:4])
         assert any([4] * 50 in batch for batch in model.batches[:4])
-        assert (await huge).tolist() == answer([[2] * 500] * 40, 0)
+        assert np.stack(await huge).tolist() == answer([[2] * 500] * 40, 0)
         await batcher.close()
 
     run(test())
@@ -170,11 +172,11 @@ def test_an_error_reaches_the_request_that_caused_it_and_no_other() -> None:
         good, bad, better = await queued(batcher, [[1, 2]], [[3, 4], [POISON, 5]], [[6, 7]])
         model.open.set()
         await asyncio.gather(first, good, better)
-        assert good.result().tolist() == answer([[1, 2]], 0)
-        assert better.result().tolist() == answer([[6, 7]], 0)
+        assert np.stack(good.result()).tolist() == answer([[1, 2]], 0)
+        assert np.stack(better.result()).tolist() == answer([[6, 7]], 0)
         with pytest.raises(ValueError, match="poisoned"):
             await bad
-        assert (await batcher.submit([[8]], 0)).tolist() == answer([[8]], 0), "the batcher goes on"
+        assert np.stack(await batcher.submit([[8]], 0)).tolist() == answer([[8]], 0), "the batcher goes on"
         await batcher.close()
 
     run(test())
@@ -187,7 +189,7 @@ def test_a_failed_request_wastes_no_further_batches() -> None:
         with pytest.raises(ValueError, match="poisoned"):
             await batcher.submit([[POISON] * 9, *([1] * 8 for _ in range(20))], 0)
         assert batcher.waiting_tokens == 0
-        assert (await batcher.submit([[1]], 0)).tolist() == answer([[1]], 0)
+        assert np.stack(await batcher.submit([[1]], 0)).tolist() == answer([[1]], 0)
         assert len(model.batches) <= 3
         await batcher.close()
 
@@ -221,7 +223,7 @@ def test_a_request_cancelled_in_the_forward_harms_nobody() -> None:
         (behind,) = await queued(batcher, [[9, 9]])
         first.cancel()
         model.open.set()
-        assert (await behind).tolist() == answer([[9, 9]], 0)
+        assert np.stack(await behind).tolist() == answer([[9, 9]], 0)
         await batcher.close()
 
     run(test())
@@ -241,5 +243,54 @@ def test_closing_fails_what_waits_and_what_comes_after() -> None:
                 await task
         with pytest.raises(ServeError, match="stopping"):
             await batcher.submit([[1]], 0)
+
+    run(test())
+
+
+def test_without_padding_a_batch_holds_any_lengths() -> None:
+    async def test() -> None:
+        for padded in (True, False):
+            model = FakeModel()
+            batcher = TokenBatcher(model, tokens_per_batch=1000, wait_s=0, padded=padded)
+            first = await held(model, batcher)
+            waiting = await queued(batcher, *([[2] * length] for length in (500, 300, 150, 40, 400)))
+            model.open.set()
+            await asyncio.gather(first, *waiting)
+            sizes = [sorted(map(len, batch)) for batch in model.batches[1:]]
+            assert sizes == ([[400, 500], [300], [150], [40]] if padded else [[40, 400, 500], [150, 300]])
+            await batcher.close()
+
+    run(test())
+
+
+def test_a_lone_request_does_not_wait_for_company_and_one_among_others_does() -> None:
+    async def test() -> None:
+        model = FakeModel()
+        batcher = TokenBatcher(model, tokens_per_batch=1000, wait_s=30)  # so long that waiting for it fails the test
+        for _ in range(2):
+            await asyncio.wait_for(batcher.submit([[1, 2]], 0), 10)
+        first = await held(model, batcher)
+        together = await queued(batcher, [[3]], [[4]])
+        model.open.set()
+        await first
+        waiting = asyncio.gather(*together)
+        await asyncio.sleep(0.1)
+        assert not waiting.done(), "several requests at once: worth waiting for more"
+        filling = [batcher.submit([[5] * 500], 0), batcher.submit([[6] * 600], 0)]
+        await asyncio.wait_for(asyncio.gather(waiting, *filling), 10)
+        assert batcher.work.rows == 7
+        await batcher.close()
+
+    run(test())
+
+
+def test_what_was_done_is_counted() -> None:
+    async def test() -> None:
+        model = FakeModel()
+        batcher = TokenBatcher(model, tokens_per_batch=1000, wait_s=0)
+        await batcher.submit([[1, 2, 3], [4]], 0)
+        assert (batcher.work.rows, batcher.work.tokens, batcher.work.batches) == (2, 4, len(model.batches))
+        assert batcher.waiting_requests == 0
+        await batcher.close()
 
     run(test())

@@ -215,6 +215,20 @@ BROKEN = {
         ("embed.output.dims = 128, but the vectors have model.scratch.hidden_size = 64 numbers",),
     ),
     "replicas min above max": Broken(SERVE + "  replicas: {min: 4}\n", 4, ("serve.replicas.min = 4 is more than max = 1",)),
+    "two models of one name": Broken(
+        SERVE + "  models:\n    - {name: a, base: x}\n  adapters:\n    - {name: a, path: x}\n",
+        7,
+        ("serve.adapters.0.name = a is taken",),
+    ),
+    "a model from two places": Broken(
+        SERVE + "  models:\n    - {name: a, base: x, run: y}\n", 5, ("serve.models.0 has both run and base",)
+    ),
+    "a model from nowhere": Broken(SERVE + "  models:\n    - {name: a}\n", 5, ("serve.models.0 has neither run nor base",)),
+    "a model's replicas": Broken(
+        SERVE + "  models:\n    - {name: a, base: x, replicas: {min: 3}}\n",
+        5,
+        ("serve.models.0.replicas.min = 3 is more than",),
+    ),
     "unknown scheme": Broken(
         HEAD + "train:\n  data: [{path: gs://b/x}]\n", 4, ("gs://b/x", "unknown scheme gs://", "s3://bucket")
     ),

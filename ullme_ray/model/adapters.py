@@ -7,6 +7,7 @@ with whatever was switched on last. Here a switch changes nothing but the pass i
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,3 +90,52 @@ def add_lora(lm: Any, lora: LoraSpec, seeds: RowSeeds) -> Any:
 def merge_lora(lm: Any) -> Any:
     """The model with the adapter that encodes folded into its weights; one without adapters as it is."""
     return lm.merge_and_unload(adapter_names=[ENCODE]) if hasattr(lm, "merge_and_unload") else lm
+
+
+def inject_lora(backbone: Any, folder: str, name: str) -> None:
+    """Adds the LoRA adapter of a PEFT folder to a backbone, in place, under `name`; the adapter must not be in use yet.
+
+    An adapter saved from a model with a head is taken as well: its names have one level more.
+
+    Raises:
+        ModelError: it is no LoRA adapter, trains more than LoRA weights, or is of another model.
+    """
+    import peft
+    from peft.utils.save_and_load import load_peft_weights
+
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+        weights = load_peft_weights(folder, device="cpu")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"no PEFT adapter can be loaded from {folder}: {(str(error).splitlines() or [''])[0]}") from error
+    if not isinstance(config, peft.LoraConfig) or config.modules_to_save or config.bias != "none":
+        raise ModelError(f"the adapter in {folder} is not of LoRA weights alone; merge it into a model, and serve that")
+    config.inference_mode = True
+    parts = {part for part, _ in backbone.named_modules()}
+    state = {_name_in(parts, key): weight for key, weight in weights.items()}
+    config.target_modules = sorted({key.partition(".lora_")[0] for key in state})  # as saved they may be named from the head on
+    config.exclude_modules = None
+    try:
+        with warnings.catch_warnings():  # several adapters are what is wanted
+            warnings.simplefilter("ignore", UserWarning)
+            peft.inject_adapter_in_model(config, backbone, adapter_name=name)
+        result: Any = peft.set_peft_model_state_dict(backbone, state, adapter_name=name)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"the adapter in {folder} does not fit the served model: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        odd = (missing or result.unexpected_keys)[0]
+        raise ModelError(f"the adapter in {folder} is of another model than the served one: {odd} is on one side only")
+    backbone.requires_grad_(False).eval()
+
+
+def _name_in(parts: set[str], key: str) -> str:
+    """A weight's name as the backbone alone would give it."""
+    key = key.removeprefix("base_model.model.")
+    for start in (0, 1):
+        name = ".".join(key.split(".")[start:])
+        if name.partition(".lora_")[0] in parts:
+            return name
+    return key

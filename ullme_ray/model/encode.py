@@ -127,7 +127,15 @@ def forward_states(backbone: Any, input_ids: Tensor, attention_mask: Tensor, *, 
     return backbone(**forward_inputs(backbone, input_ids, attention_mask), **flags).last_hidden_state
 
 
-def encode_batch(backbone: Any, batch: TokenBatch, pooling: str, head: Any = None, *, bidirectional: bool = True) -> Tensor:
+def encode_batch(
+    backbone: Any,
+    batch: TokenBatch,
+    pooling: str,
+    head: Any = None,
+    *,
+    bidirectional: bool = True,
+    normalize: bool = True,
+) -> Tensor:
     """Texts -> embedding (B, D), float32, unit length (METHOD: encode).
 
     Args:
@@ -138,4 +146,4 @@ def encode_batch(backbone: Any, batch: TokenBatch, pooling: str, head: Any = Non
     assert (head is not None) == (pooling == "latent_attention")
     hidden_states = states if head is None else head(states)  # (B, L, D)
     own = pooling_mask(batch.attention_mask, batch.prompt_lengths)
-    return pool(hidden_states, batch.attention_mask, own, "mean" if head is not None else pooling)
+    return pool(hidden_states, batch.attention_mask, own, "mean" if head is not None else pooling, normalize=normalize)

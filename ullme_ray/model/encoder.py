@@ -20,7 +20,7 @@ from ullme_ray import storage
 from ullme_ray.errors import ModelError, StorageError
 from ullme_ray.model.backbone import base_folder, first_position, load_backbone, load_config
 from ullme_ray.model.budget import TokenBudget, find_budget
-from ullme_ray.model.encode import encode_batch, pad_batch
+from ullme_ray.model.encode import encode_batch, forward_states, pad_batch
 from ullme_ray.model.family import check_length, generates
 from ullme_ray.model.latent_attention import FOLDER, make_head
 from ullme_ray.model.packed import Packing, encode_packed, pack_batch, try_packing
@@ -127,6 +127,23 @@ class Encoder:
             packed = pack_batch(ids, tokens.prompt_length, padding_id=self.packing.padding_id, device=self.device)
             return encode_packed(self.backbone, packed, **how)
         return encode_batch(self.backbone, pad_batch(ids, tokens.prompt_length, self.tokenizer.pad_id).to(self.device), **how)
+
+    @torch.inference_mode()
+    def token_states(self, tokens: Tokens) -> list[np.ndarray]:
+        """The last hidden states of each text's tokens, prompt and special tokens included: (L, D) float32 each."""
+        batch = pad_batch(tokens.input_ids, tokens.prompt_length, self.tokenizer.pad_id).to(self.device)
+        both_ways = not self.settings.causal
+        states = forward_states(self.backbone, batch.input_ids, batch.attention_mask, bidirectional=both_ways)
+        return [s[: len(ids)].float().cpu().numpy() for s, ids in zip(states, tokens.input_ids, strict=True)]
+
+    @torch.inference_mode()
+    def pooled_states(self, tokens: Tokens) -> np.ndarray:
+        """(N, D) float32 rows as pooled, not scaled to unit length."""
+        length = 0 if self.settings.prompt_is_pooled else tokens.prompt_length
+        batch = pad_batch(tokens.input_ids, length, self.tokenizer.pad_id).to(self.device)
+        both_ways = not self.settings.causal
+        pooled = encode_batch(self.backbone, batch, self.settings.pooling, self.head, bidirectional=both_ways, normalize=False)
+        return pooled.cpu().numpy()
 
     def find_budget(self) -> TokenBudget:
         """The number of tokens in a batch that this model runs fastest with on this device; takes a few seconds."""

@@ -22,7 +22,7 @@ def pooling_mask(attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
     return torch.where(empty, attention_mask > 0, own).to(attention_mask.dtype)
 
 
-def pool(hidden_states: Tensor, attention_mask: Tensor, own_tokens: Tensor, method: str) -> Tensor:
+def pool(hidden_states: Tensor, attention_mask: Tensor, own_tokens: Tensor, method: str, *, normalize: bool = True) -> Tensor:
     """Pools states over a text's tokens and scales to unit length (METHOD: encode).
 
     Args:
@@ -32,7 +32,7 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, own_tokens: Tensor, meth
         method: mean | weightedmean (weight = position among all real tokens, as SGPT) | lasttoken | cls (first own token).
 
     Returns:
-        (B, D) float32, each row of length 1.
+        (B, D) float32, each row of length 1 unless told otherwise.
     """
     states = hidden_states.float()
     position = attention_mask.cumsum(dim=1)  # (B, L), real tokens count from 1
@@ -44,7 +44,7 @@ def pool(hidden_states: Tensor, attention_mask: Tensor, own_tokens: Tensor, meth
         rank = torch.where(own_tokens > 0, position, 0 if method == "lasttoken" else position.shape[1] + 1)
         index = rank.argmax(dim=1) if method == "lasttoken" else rank.argmin(dim=1)  # (B,)
         pooled = states[torch.arange(len(states), device=states.device), index]
-    return torch.nn.functional.normalize(pooled, dim=-1)
+    return torch.nn.functional.normalize(pooled, dim=-1) if normalize else pooled
 
 
 def pool_packed(states: Tensor, offsets: Tensor, prompt_length: int, method: str) -> Tensor:

@@ -76,8 +76,14 @@ class TextTokenizer:
                 return int(candidate)
         return 0
 
-    def tokenize(self, texts: Sequence[str], prompt: PromptName) -> Tokens:
-        """Ids of `prompt + text`, cut to `max_tokens`; `truncated` tells which texts lost something."""
+    def tokenize(self, texts: Sequence[str], prompt: PromptName, *, keep: Literal["start", "end"] = "start") -> Tokens:
+        """Ids of `prompt + text`, cut to `max_tokens`; `truncated` tells which texts lost something.
+
+        Args:
+            keep: which end of a long text stays; its prompt and special tokens always do.
+        """
+        if keep == "end":
+            return self._tokenize_ends(texts, prompt)
         tokens = Tokens([], self._prompt_lengths[prompt], [])
         for encoding in self._encodings(texts, prompt, truncation=True, max_length=self.max_tokens):
             # A text that tokenizes to nothing (no special tokens, empty string) still needs one position to pool.
@@ -118,6 +124,16 @@ class TextTokenizer:
                 f"more than model.max_tokens = {self.max_tokens}; use {max(self.max_tokens - frame, 0)} or fewer"
             )
 
+    def _tokenize_ends(self, texts: Sequence[str], prompt: PromptName) -> Tokens:
+        tokens = Tokens([], self._prompt_lengths[prompt], [])
+        for encoding in self._encodings(texts, prompt, verbose=False):
+            ids, excess = encoding.ids or [self.pad_id], len(encoding.ids) - self.max_tokens
+            lead = next((at for at, special in enumerate(encoding.special_tokens_mask) if not special), 0)
+            head = self._prompt_ids[prompt] or ids[:lead]
+            tokens.input_ids.append(head + ids[len(head) + excess :] if excess > 0 else ids)
+            tokens.truncated.append(excess > 0)
+        return tokens
+
     def _windows(self, encoding: Any, prompt: PromptName, chunk_tokens: int, overlap: int) -> list[list[int]]:
         ids, added = encoding.ids, encoding.special_tokens_mask  # 1 for tokens put around the text, 0 for those written in it
         lead = next((at for at, special in enumerate(added) if not special), len(ids))
@@ -145,10 +161,15 @@ class TextTokenizer:
             yield from self.hf(batch, return_attention_mask=False, return_token_type_ids=False, **options).encodings
             first = last
 
-    def wrap_ids(self, ids: Sequence[Sequence[int]]) -> Tokens:
+    def count(self, text: str, prompt: PromptName) -> int:
+        """Ids of `prompt + text` before any is cut off."""
+        return len(next(self._encodings([text], prompt, verbose=False)).ids)
+
+    def wrap_ids(self, ids: Sequence[Sequence[int]], *, keep: Literal["start", "end"] = "start") -> Tokens:
         """Ids that a caller tokenized itself: taken as they are, without prompt, cut to `max_tokens`."""
         limit = self.max_tokens
-        return Tokens([list(i[:limit]) for i in ids], 0, [len(i) > limit for i in ids])
+        cut = [list(i[:limit] if keep == "start" else i[-limit:]) for i in ids]
+        return Tokens(cut, 0, [len(i) > limit for i in ids])
 
     def tokenize_generation(self, query: str, passage: str, *, max_tokens: int) -> GenerationTokens:
         """Ids of `gen_prompt(query)` followed by the passage and an end token (METHOD: generate).

@@ -10,41 +10,63 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ullme_ray.errors import ServeError
 
-Forward = Callable[[list[list[int]], int], np.ndarray]  # ids of N rows, their prompt length -> (N, D)
+Lane = Hashable  # what rows must have in common to share a forward pass: prompt length, adapter, form of the answer
+Forward = Callable[[list[list[int]], Any], Sequence[np.ndarray]]  # ids of N rows, their lane -> N answers
 
 MAX_PADDING_RATIO = 1.25  # padded tokens / real tokens of a batch
 CHEAP_TOKENS = 256  # below this size a forward costs the same whatever is in it, so padding is free
+
+
+@dataclass
+class Work:
+    """What a batcher did since it began."""
+
+    batches: int = 0
+    rows: int = 0
+    tokens: int = 0  # without padding
+    forward_s: float = 0.0
 
 
 class TokenBatcher:
     """Shares forward passes between concurrent `submit` calls. Bound to the event loop of the first one.
 
     Args:
-        forward: called in a thread of its own, one batch at a time, with rows of one prompt length.
+        forward: called in a thread of its own, one batch at a time, with rows of one lane.
         tokens_per_batch: rows x longest row of a batch; a longer row goes alone.
-        wait_s: how long a row may wait for company while the forward is idle.
+        wait_s: how long a row may wait for company while the forward is idle. A row that follows one that had none does not
+            wait: whoever asks alone is answered at once.
+        padded: false for a model that computes no padding: a batch then holds rows of any lengths, `tokens_per_batch` in sum.
     """
 
-    def __init__(self, forward: Forward, *, tokens_per_batch: int, wait_s: float) -> None:
+    def __init__(self, forward: Forward, *, tokens_per_batch: int, wait_s: float, padded: bool = True) -> None:
+        self.work = Work()
         self._forward = forward
         self._tokens_per_batch = tokens_per_batch
         self._wait_s = wait_s
-        self._queue = _Queue()
+        self._had_company = False  # whether the last batch was of several requests
+        self._queue = _Queue(padded)
         self._unanswered: set[_Request] = set()
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
         self._loop_task: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def submit(self, input_ids: Sequence[list[int]], prompt_length: int) -> np.ndarray:
-        """(N, D) vectors of the rows, in their order. Cancelling the call takes its waiting rows out of the queue.
+    async def submit(
+        self, input_ids: Sequence[list[int]], lane: Lane, *, seconds: dict[str, float] | None = None
+    ) -> list[np.ndarray]:
+        """What the forward gives for each row, in their order. Cancelling the call takes its waiting rows out of the queue.
+
+        Args:
+            seconds: gets `queue`, the time until the first row was taken, and `inference`, the time from then on.
 
         Raises:
             ServeError: the batcher was closed.
@@ -55,12 +77,16 @@ class TokenBatcher:
         loop = asyncio.get_running_loop()
         if self._loop_task is None:
             self._loop_task = loop.create_task(self._run())
-        request = _Request(input_ids, prompt_length, loop)
+        request = _Request(input_ids, lane, loop)
         self._queue.add(request)
         self._unanswered.add(request)
         self._arrival.set()
         try:
-            return await request.result
+            rows = await request.result
+            if seconds is not None:
+                seconds["queue"] = request.began - request.arrived
+                seconds["inference"] = loop.time() - request.began
+            return rows
         finally:
             self._queue.remove(request)
             self._unanswered.remove(request)
@@ -68,6 +94,10 @@ class TokenBatcher:
     @property
     def waiting_tokens(self) -> int:
         return self._queue.num_tokens
+
+    @property
+    def waiting_requests(self) -> int:
+        return len(self._queue.requests)
 
     async def close(self) -> None:
         """Ends the loop and fails whatever has no answer yet."""
@@ -92,7 +122,8 @@ class TokenBatcher:
             if not self._queue.requests:
                 await self._arrival.wait()
                 continue
-            time_left = next(iter(self._queue.requests)).arrived + self._wait_s - loop.time()
+            wait_s = self._wait_s if self._had_company or len(self._queue.requests) > 1 else 0.0
+            time_left = next(iter(self._queue.requests)).arrived + wait_s - loop.time()
             if time_left <= 0 or self._queue.num_tokens >= self._tokens_per_batch:
                 return
             try:
@@ -102,9 +133,13 @@ class TokenBatcher:
                 pass
 
     async def _serve(self, rows: list[_Row]) -> None:
-        ids, prompt_length = [row.ids for row in rows], rows[0].request.prompt_length
+        ids, lane, loop = [row.ids for row in rows], rows[0].request.lane, asyncio.get_running_loop()
+        self._had_company = any(row.request is not rows[0].request for row in rows)
+        began = loop.time()
+        for row in rows:
+            row.request.began = row.request.began or began
         try:
-            vectors = await asyncio.get_running_loop().run_in_executor(self._thread, self._forward, ids, prompt_length)
+            vectors = await loop.run_in_executor(self._thread, self._forward, ids, lane)
             if len(vectors) != len(rows):
                 raise ServeError(f"the forward gave {len(vectors)} vectors for {len(rows)} rows")
         except Exception as error:  # noqa: BLE001 - whatever it is, it must reach the request that caused it
@@ -118,6 +153,10 @@ class TokenBatcher:
             for share in shares.values():  # one bad request must not fail its neighbours: each runs again alone
                 await self._serve(share)
         else:
+            self.work.batches += 1
+            self.work.rows += len(rows)
+            self.work.tokens += sum(map(len, ids))
+            self.work.forward_s += loop.time() - began
             for row, vector in zip(rows, vectors, strict=True):
                 row.request.take(row.position, vector)
 
@@ -134,10 +173,11 @@ class _Row:
 class _Request:
     """Rows submitted together, and the vectors they got so far."""
 
-    def __init__(self, input_ids: Sequence[list[int]], prompt_length: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.prompt_length = prompt_length
+    def __init__(self, input_ids: Sequence[list[int]], lane: Lane, loop: asyncio.AbstractEventLoop) -> None:
+        self.lane = lane
         self.arrived = loop.time()
-        self.result: asyncio.Future[np.ndarray] = loop.create_future()
+        self.began = 0.0
+        self.result: asyncio.Future[list[np.ndarray]] = loop.create_future()
         self.rows = [_Row(self, position, ids) for position, ids in enumerate(input_ids)]
         self.waiting = OrderedDict.fromkeys(sorted(self.rows, key=lambda row: len(row.ids)))  # longest last
         self._vectors: list[np.ndarray | None] = [None] * len(self.rows)
@@ -147,7 +187,7 @@ class _Request:
         self._vectors[position] = vector
         self._missing -= 1
         if not self._missing and not self.result.done():
-            self.result.set_result(np.stack(self._vectors))  # type: ignore[arg-type]
+            self.result.set_result(self._vectors)  # type: ignore[arg-type]
 
     def fail(self, error: Exception) -> None:
         if not self.result.done():
@@ -157,17 +197,18 @@ class _Request:
 class _Queue:
     """Waiting rows, found by turn (which request is next) and by length (which rows fit a batch)."""
 
-    def __init__(self) -> None:
+    def __init__(self, padded: bool) -> None:
+        self._padded = padded
         self.requests: OrderedDict[_Request, None] = OrderedDict()  # least recently served first
         self.num_tokens = 0
-        # prompt length -> row length -> rows in order of arrival
-        self._buckets: dict[int, dict[int, OrderedDict[_Row, None]]] = defaultdict(dict)
+        # lane -> row length -> rows in order of arrival
+        self._buckets: dict[Lane, dict[int, OrderedDict[_Row, None]]] = defaultdict(dict)
 
     def add(self, request: _Request) -> None:
         if not request.rows:
             raise ValueError("a request needs at least one row")
         self.requests[request] = None
-        buckets = self._buckets[request.prompt_length]
+        buckets = self._buckets[request.lane]
         for row in request.rows:
             buckets.setdefault(len(row.ids), OrderedDict())[row] = None
             self.num_tokens += len(row.ids)
@@ -184,11 +225,11 @@ class _Queue:
         seed = next(reversed(request.waiting))
         self._take(seed)
         rows, longest, real = [seed], len(seed.ids), len(seed.ids)
-        buckets = self._buckets.get(request.prompt_length, {})
+        buckets = self._buckets.get(request.lane, {})
         for length in sorted(buckets, key=lambda length: abs(length - len(seed.ids))):
             while length in buckets:
-                padded = max(longest, length) * (len(rows) + 1)
-                if padded > tokens_per_batch or padded > max(CHEAP_TOKENS, MAX_PADDING_RATIO * (real + length)):
+                size = max(longest, length) * (len(rows) + 1) if self._padded else real + length
+                if size > tokens_per_batch or size > max(CHEAP_TOKENS, MAX_PADDING_RATIO * (real + length)):
                     break
                 row = next(iter(buckets[length]))
                 self._take(row)
@@ -198,12 +239,12 @@ class _Queue:
 
     def _take(self, row: _Row) -> None:
         request, length = row.request, len(row.ids)
-        buckets = self._buckets[request.prompt_length]
+        buckets = self._buckets[request.lane]
         del buckets[length][row], request.waiting[row]
         if not buckets[length]:
             del buckets[length]
         if not buckets:
-            del self._buckets[request.prompt_length]
+            del self._buckets[request.lane]
         if not request.waiting:
             del self.requests[request]
         self.num_tokens -= length

@@ -6,104 +6,245 @@ A module without torch at its top: the ingress imports it to name the class, and
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import time
+import sys
+import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ullme_ray.errors import ModelError
+from ullme_ray.errors import UllmeError
 from ullme_ray.serve.batching import TokenBatcher
-from ullme_ray.serve.schemas import EmbedCall, EmbedReply, ServedModel
-from ullme_ray.spec.job import JobSpec
+from ullme_ray.serve.models import Served, published_version
+from ullme_ray.serve.schemas import (
+    DecodeCall,
+    EmbedCall,
+    EmbedReply,
+    InputRefusedError,
+    ServedModel,
+    Token,
+    TokenizeCall,
+    TokenizeReply,
+)
+from ullme_ray.spec.job import ServeSpec
+
+if TYPE_CHECKING:
+    from ullme_ray.serve.loaded import Lane, LoadedModel
+
+logger = logging.getLogger("ray.serve")
 
 TEXTS_PER_SLICE = 64  # tokenized in one go; between slices other requests get the thread
+SWITCH_INTERVAL_S = 0.0005  # Python's 5 ms would keep the event loop waiting behind the forward's Python
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back to the ingress with every reply: the value, and how the replica fares."""
+
+    value: Any  # a reply, or the InputRefusedError that answers bad input
+    replica: str
+    load: dict[str, float]
 
 
 class Embedder:
-    """Serves one model. Exists only once the weights are loaded and gave the vectors stored with the export.
+    """Serves one model and the adapters over it.
 
     Raises:
         ModelError: the model cannot be loaded, or computes other vectors than when it was exported.
     """
 
-    def __init__(self, job: JobSpec) -> None:
+    def __init__(self, served: Served) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         import torch
 
-        from ullme_ray.model import open_encoder
-
-        assert job.serve is not None
-        if job.serve.gpus_per_replica == 0:
-            torch.set_num_threads(job.serve.cpus_per_replica)
-        self._job = job
-        self._created = int(time.time())
-        self._encoder = open_encoder(job, device=None if job.serve.gpus_per_replica else "cpu")
+        settings = served.job.serve
+        assert settings is not None
+        if settings.gpus_per_replica == 0:
+            torch.set_num_threads(settings.cpus_per_replica)
+        elif settings.gpus_per_replica < 1:
+            torch.cuda.set_per_process_memory_fraction(settings.gpus_per_replica)  # or one replica could starve the others
+        self._served = served
+        self._settings = settings
+        self._id = uuid.uuid4().hex
+        self._loaded = self._load(settings)
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self._tokens_per_batch = job.serve.tokens_per_batch
         self._batcher = TokenBatcher(
-            self._forward, tokens_per_batch=job.serve.tokens_per_batch, wait_s=job.serve.batch_wait_ms / 1000
+            _forward,
+            tokens_per_batch=settings.tokens_per_batch,
+            wait_s=settings.batch_wait_ms / 1000,
+            padded=self._loaded.encoder.packing is None,
+        )
+        if settings.reload_s:
+            threading.Thread(target=self._watch, args=(settings.reload_s,), daemon=True, name="reload").start()
+
+    def _load(self, settings: ServeSpec) -> LoadedModel:
+        from ullme_ray.serve.loaded import LoadedModel
+
+        return LoadedModel(
+            self._served,
+            device=None if settings.gpus_per_replica else "cpu",
+            tokens_per_batch=settings.tokens_per_batch,
+            warm_up=settings.warm_up,
         )
 
-    async def embed(self, call: EmbedCall) -> EmbedReply:
-        """Vectors of one request, batched with those of others."""
-        slices = (
-            [self._encoder.tokenizer.wrap_ids(call.token_ids)] if call.token_ids is not None else await self._tokenize(call)
-        )
+    def _watch(self, every_s: float) -> None:
+        """Changes over to a newly published model: from one request to the next, with both in memory for a while.
+
+        Requests that were tokenized for the old one are answered by it.
+        """
+        refused: Any = None
+        while True:
+            threading.Event().wait(every_s)
+            try:
+                version = published_version(self._served)
+                if version is None or version in (self._loaded.version, refused):
+                    continue
+                refused = version  # unless it loads
+                self._loaded = self._load(self._settings)
+                logger.warning("%s: now serving %s", self._served.name, self._loaded.encoder.fingerprint[:12])
+            except UllmeError as error:
+                logger.error("%s: the newly published model is not served, the old one stays: %s", self._served.name, error)
+            except Exception as error:  # noqa: BLE001 - such as memory that does not hold two models; the old one must go on
+                logger.error("%s: the newly published model is not served, the old one stays: %r", self._served.name, error)
+
+    async def embed(self, call: EmbedCall) -> Answer:
+        """Vectors of one request, batched with those of others; its rows leave the queue when it is cancelled or too late."""
+        try:
+            async with asyncio.timeout(call.deadline_s):
+                return self._answer(await self._embed(call))
+        except InputRefusedError as error:
+            return self._answer(error)
+
+    async def _embed(self, call: EmbedCall) -> EmbedReply:
+        loop, loaded = asyncio.get_running_loop(), self._loaded
+        began = loop.time()
+        slices = await self._tokenize(call, loaded)
         input_ids = [ids for tokens in slices for ids in tokens.input_ids]
-        vectors = await self._batcher.submit(input_ids, slices[0].prompt_length)
-        if call.dimensions is not None and call.dimensions < self._encoder.dim:
-            vectors = vectors[:, : call.dimensions]
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+        num_tokens = [len(ids) for ids in input_ids]
+        if call.max_request_tokens is not None and sum(num_tokens) > call.max_request_tokens:
+            raise InputRefusedError("too_many_tokens", 0, sum(num_tokens), call.max_request_tokens)
+        seconds = {"tokenization": loop.time() - began}
+        form = "tokens" if not call.pool else "unit" if call.normalize else "pooled"
+        lane = loaded.lane(call.model, slices[0].prompt_length, form)  # type: ignore[arg-type]
+        rows = await self._batcher.submit(input_ids, lane, seconds=seconds)
         return EmbedReply(
-            vectors.astype(np.float32, copy=False),
-            num_tokens=[len(ids) for ids in input_ids],
+            _finished(np.stack(rows), call) if call.pool else rows,
+            num_tokens=num_tokens,
             num_truncated=sum(sum(tokens.truncated) for tokens in slices),
-            fingerprint=self._encoder.fingerprint,
+            seconds=seconds,
+            fingerprint=loaded.fingerprints[call.model],
         )
 
-    def describe(self, model: str) -> ServedModel:
+    async def _tokenize(self, call: EmbedCall, loaded: LoadedModel) -> list[Any]:
+        """The request's `Tokens`, slice by slice.
+
+        Raises:
+            InputRefusedError: a text is too long, and may not be cut.
+        """
+        loop, tokenizer = asyncio.get_running_loop(), loaded.encoder.tokenizer
+        keep: Any = "start" if call.truncation_direction == "right" else "end"
+        inputs: list[Any] = call.token_ids if call.token_ids is not None else call.texts or []
+
+        def tokenize(start: int) -> Any:
+            part = inputs[start : start + TEXTS_PER_SLICE]
+            if call.token_ids is not None:
+                tokens = tokenizer.wrap_ids(part, keep=keep)
+            else:
+                tokens = tokenizer.tokenize(part, call.prompt, keep=keep)  # type: ignore[arg-type]
+            if not call.truncate and any(tokens.truncated):
+                at = tokens.truncated.index(True)
+                size = len(part[at]) if call.token_ids is not None else tokenizer.count(part[at], call.prompt)  # type: ignore[arg-type]
+                raise InputRefusedError("too_long", start + at, size, tokenizer.max_tokens)
+            return tokens
+
+        return [
+            await loop.run_in_executor(self._tokenizer_thread, tokenize, start)
+            for start in range(0, len(inputs), TEXTS_PER_SLICE)
+        ]
+
+    async def tokenize(self, call: TokenizeCall) -> Answer:
+        """Every text's tokens as the model sees them, prompt included, none cut off."""
+        tokenizer = self._loaded.encoder.tokenizer
+
+        def tokenize() -> TokenizeReply:
+            texts = [tokenizer.prompts[call.prompt] + text for text in call.texts]
+            encodings = tokenizer.hf(texts, add_special_tokens=call.add_special_tokens, verbose=False).encodings
+            return TokenizeReply([_tokens(text, encoding) for text, encoding in zip(texts, encodings, strict=True)])
+
+        return self._answer(await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, tokenize))
+
+    async def decode(self, call: DecodeCall) -> Answer:
+        """The text of each list of ids."""
+        hf = self._loaded.encoder.tokenizer.hf
+
+        def decode() -> list[str]:
+            return [hf.decode(ids, skip_special_tokens=call.skip_special_tokens) for ids in call.token_ids]
+
+        return self._answer(await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, decode))
+
+    async def describe(self, model: str) -> Answer:
         import torch
         import transformers
 
         import ullme_ray
 
-        settings = self._encoder.settings
-        return ServedModel(
-            name=self._job.name,
-            fingerprint=self._encoder.fingerprint,
-            dim=self._encoder.dim,
-            max_tokens=settings.max_tokens,
-            vocab_size=int(self._encoder.backbone.get_input_embeddings().num_embeddings),
-            pooling=settings.pooling,
-            dtype=settings.dtype,
-            prompts=dict(self._encoder.tokenizer.prompts),
-            created=self._created,
-            versions={
-                "ullme_ray": ullme_ray.__version__,
-                "torch": str(torch.__version__),  # a TorchVersion would make the ingress import torch
-                "transformers": transformers.__version__,
-            },
+        loaded = self._loaded
+        encoder, settings = loaded.encoder, loaded.encoder.settings
+        return self._answer(
+            ServedModel(
+                name=model,
+                fingerprint=loaded.fingerprints[model],
+                dim=encoder.dim,
+                max_tokens=settings.max_tokens,
+                vocab_size=int(encoder.backbone.get_input_embeddings().num_embeddings),
+                pooling=settings.pooling,
+                dtype=settings.dtype,
+                prompts=dict(encoder.tokenizer.prompts),
+                created=loaded.created,
+                parent=self._served.name if model != self._served.name else None,
+                versions={
+                    "ullme_ray": ullme_ray.__version__,
+                    "torch": str(torch.__version__),  # a TorchVersion would make the ingress import torch
+                    "transformers": transformers.__version__,
+                },
+            )
         )
 
-    async def _tokenize(self, call: EmbedCall) -> list[Any]:
-        loop, texts = asyncio.get_running_loop(), call.texts or []
-        return [
-            await loop.run_in_executor(
-                self._tokenizer_thread,
-                self._encoder.tokenizer.tokenize,  # type: ignore[arg-type]
-                texts[start : start + TEXTS_PER_SLICE],
-                call.prompt,
-            )
-            for start in range(0, len(texts), TEXTS_PER_SLICE)
-        ]
+    def _answer(self, value: Any) -> Answer:
+        work = self._batcher.work
+        load = {
+            "queue_requests": self._batcher.waiting_requests,
+            "queue_tokens": self._batcher.waiting_tokens,
+            "batches": work.batches,
+            "batch_rows": work.rows,
+            "batch_tokens": work.tokens,
+            "inference_seconds": work.forward_s,
+        }
+        return Answer(value, self._id, load)
 
-    def _forward(self, input_ids: list[list[int]], prompt_length: int) -> np.ndarray:
-        from ullme_ray.model import Tokens
 
-        tokens = Tokens(input_ids, prompt_length, [False] * len(input_ids))
-        vectors = self._encoder.embed_tokens(tokens, tokens_per_batch=self._tokens_per_batch)
-        if not np.isfinite(vectors).all():
-            raise ModelError("the model computed a vector that is not finite")
-        return vectors
+def _forward(input_ids: list[list[int]], lane: Lane) -> Any:
+    return lane.forward(input_ids)
+
+
+def _finished(vectors: np.ndarray, call: EmbedCall) -> np.ndarray:
+    """(N, D) float32 rows, cut to the dimensions asked for."""
+    if call.dimensions is not None and call.dimensions < vectors.shape[1]:
+        vectors = vectors[:, : call.dimensions]
+        if call.normalize:
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _tokens(text: str, encoding: Any) -> list[Token]:
+    return [
+        Token(id, name if special else text[start:stop], bool(special), *((None, None) if special else (start, stop)))
+        for id, name, special, (start, stop) in zip(
+            encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
+        )
+    ]

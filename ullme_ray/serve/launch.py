@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -22,10 +23,10 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from ullme_ray.errors import ServeError
-from ullme_ray.serve import front
 from ullme_ray.serve.embedder import Embedder
-from ullme_ray.serve.ingress import Ingress
+from ullme_ray.serve.ingress import Ingress, Listener
 from ullme_ray.serve.keys import KeyRing
+from ullme_ray.serve.models import Served, served_models
 from ullme_ray.serve.warden import Guard, clear_leftover
 from ullme_ray.spec.job import JobSpec, ReplicasSpec, ServeSpec
 
@@ -34,7 +35,13 @@ START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
 STARTS_TRIED = 2  # of a replica whose model fails to load
 REQUESTS_PER_REPLICA = 16  # in flight on average, above which a replica is added
+UPSCALE_DELAY_S = 5.0
+DRAIN_S = 60.0  # for the requests of a replica that is told to end
+LISTENERS = 2  # one answers, one is ready to take over
 INGRESS_CPUS = 0.1
+_HEAD_NODE = {"node:__internal_head__": 0.001}  # a resource that Ray gives every head node
+# Ray Serve's own switch: no thread of their own for a replica's code and for the router, and answers by gRPC.
+_SHORT_WAYS = {"env_vars": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}}
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -45,6 +52,18 @@ class Server:
         self.url = url
         self._address = address
         self._guard = Guard()
+
+    def update(self, job: JobSpec) -> None:
+        """Rolls a changed job out while the server answers: replicas are added, ended after their last request, or replaced.
+
+        Host and port stay.
+
+        Raises:
+            UllmeError: the changed model cannot be served; what ran before may be gone in part.
+        """
+        with _quiet():
+            _deploy(job, self._address)
+            _wait_until_healthy(self.url)
 
     def stop(self) -> None:
         """Lets running requests finish, ends all processes of the server and frees the port."""
@@ -102,7 +121,8 @@ def start_server(job: JobSpec) -> Server:
     preflight(job)
     from ullme_ray.model import encoder_folder
 
-    encoder_folder(job)
+    for model in served_models(job):
+        encoder_folder(model.job)
     if _controller() and not clear_leftover():
         raise ServeError("Ray Serve already runs in this cluster; end it with `serve shutdown`, or use another cluster")
     _check_port(settings)
@@ -110,14 +130,8 @@ def start_server(job: JobSpec) -> Server:
     server = Server(f"http://{_reachable(settings.host)}:{address[1]}", address)
     with _quiet():
         try:
-            serve.start(
-                proxy_location="HeadOnly",
-                http_options={"host": address[0], "port": address[1]},
-                logging_config=_LOGGING,
-                controller_options={"runtime_env": {"env_vars": front.CALLBACK}},  # the proxy inherits it
-            )
-            target = serve.RunTarget(build_app(job), name=APP_NAME, logging_config=_LOGGING)
-            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            serve.start(proxy_location="Disabled", logging_config=_LOGGING)
+            _deploy(job, address)
             _wait_until_healthy(server.url)
         except BaseException:
             server.stop()
@@ -125,24 +139,62 @@ def start_server(job: JobSpec) -> Server:
     return server
 
 
-def build_app(job: JobSpec) -> Application:
-    """The Ray Serve application: a small ingress, and model replicas behind it. API keys go along as a reference only."""
+def _deploy(job: JobSpec, address: tuple[str, int]) -> None:
+    target = serve.RunTarget(build_app(job, address), name=APP_NAME, route_prefix=None, logging_config=_LOGGING)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def build_app(job: JobSpec, address: tuple[str, int] | None = None) -> Application:
+    """The Ray Serve application: listeners or a small ingress, and model replicas. API keys go along as a reference only.
+
+    Args:
+        address: where listeners of our own open a port on the head node; None leaves HTTP to Serve's proxy.
+    """
     settings = _settings(job)
-    embedder = serve.deployment(Embedder).options(  # type: ignore[attr-defined]
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+    served = served_models(job)
+    replicas = [_embedder(model, position, settings).bind(_without_pools(model)) for position, model in enumerate(served)]
+    front = settings.model_copy(update={"replicas": ReplicasSpec(), "models": (), "adapters": ()})
+    targets = [(model.names, model.pool.min == 0) for model in served]
+    common: dict[str, Any] = {
+        "max_ongoing_requests": 100_000,  # our own limit answers in JSON; Serve's would not
+        "max_constructor_retry_count": STARTS_TRIED,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 1.0,
+    }
+    if address is None:
+        ingress = serve.deployment(serve.ingress()(Ingress)).options(  # type: ignore[attr-defined]
+            ray_actor_options={"num_cpus": INGRESS_CPUS}, **common
+        )
+        return ingress.bind(front, targets, *replicas)
+    listener = serve.deployment(Listener, name="Ingress").options(  # type: ignore[attr-defined]
+        num_replicas=LISTENERS,
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "resources": _HEAD_NODE, "runtime_env": _SHORT_WAYS},
+        **common,
+    )
+    return listener.bind(front, address, targets, *replicas)
+
+
+def _without_pools(model: Served) -> Served:
+    """For a replica: a change of what it does not know of, such as its pool's size, is no reason to replace it."""
+    assert model.job.serve is not None
+    settings = model.job.serve.model_copy(update={"replicas": ReplicasSpec(), "models": (), "adapters": ()})
+    return replace(model, job=model.job.model_copy(update={"serve": settings}), pool=ReplicasSpec())
+
+
+def _embedder(model: Served, position: int, settings: ServeSpec) -> Any:
+    return serve.deployment(Embedder, name="Embedder" if position == 0 else f"Embedder-{position}").options(  # type: ignore[attr-defined]
+        ray_actor_options={
+            "num_cpus": settings.cpus_per_replica,
+            "num_gpus": settings.gpus_per_replica,
+            "runtime_env": _SHORT_WAYS,
+        },
         max_ongoing_requests=settings.max_queued_requests,  # all at once: the batcher chooses from what it sees
         max_constructor_retry_count=STARTS_TRIED,
         health_check_period_s=1.0,  # how soon a dead replica is replaced
         graceful_shutdown_wait_loop_s=0.2,
-        **_replicas(settings.replicas),
+        graceful_shutdown_timeout_s=DRAIN_S,
+        **_replicas(model.pool),
     )
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(  # type: ignore[attr-defined]
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
-        max_ongoing_requests=100_000,  # our own limit answers in JSON; Serve's would not
-        max_constructor_retry_count=STARTS_TRIED,
-        graceful_shutdown_wait_loop_s=0.2,
-    )
-    return ingress.bind(job, embedder.bind(job))
 
 
 def _replicas(pool: ReplicasSpec) -> dict[str, Any]:
@@ -151,8 +203,11 @@ def _replicas(pool: ReplicasSpec) -> dict[str, Any]:
     return {
         "autoscaling_config": {
             "min_replicas": pool.min,
+            "initial_replicas": max(pool.min, 1),  # a model that cannot be loaded must show at the start
             "max_replicas": pool.max,
             "target_ongoing_requests": REQUESTS_PER_REPLICA,
+            "downscale_delay_s": pool.idle_s,
+            "upscale_delay_s": UPSCALE_DELAY_S,
         }
     }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ullme_ray.reach import refused_path, refused_url
 from ullme_ray.spec.evaluation import EvaluateSpec
-from ullme_ray.spec.job import EmbedOutputSpec, JobSpec, LatentAttentionSpec, MineSpec, TrainSpec
+from ullme_ray.spec.job import EmbedOutputSpec, JobSpec, LatentAttentionSpec, MineSpec, ServeSpec, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ def contradictions(job: JobSpec) -> list[Contradiction]:
         *(_mine(job, job.mine) if job.mine else ()),
         *(_evaluate(job, job.evaluate) if job.evaluate else ()),
         *_chunks(job),
+        *(_serve(job, job.serve) if job.serve else ()),
         *(_stored_vectors(job, job.embed.output) if job.embed else ()),
         *_paths(job),
         *_cluster(job),
@@ -97,6 +98,35 @@ def _pools(job: JobSpec) -> Iterator[Contradiction]:
             yield Contradiction(
                 (f"{name}.min", f"{name}.max"), f"= {pool.min} is more than max = {pool.max}; lower min or raise max"
             )
+
+
+def _serve(job: JobSpec, serve: ServeSpec) -> Iterator[Contradiction]:
+    taken = {job.name: "name"}
+    for kind, names in (("models", [m.name for m in serve.models]), ("adapters", [a.name for a in serve.adapters])):
+        for position, name in enumerate(names):
+            at = f"serve.{kind}.{position}"
+            if name in taken:
+                yield Contradiction(
+                    (f"{at}.name", taken[name]),
+                    f"= {name} is taken; a name stands for one model, so choose another",
+                )
+            taken.setdefault(name, f"{at}.name")
+    for position, model in enumerate(serve.models):
+        at = f"serve.models.{position}"
+        if (model.run is None) == (model.base is None):
+            given = "both run and base" if model.run else "neither run nor base"
+            yield Contradiction((at, f"{at}.run", f"{at}.base"), f"has {given}; give one of them")
+        if model.run == job.name:
+            yield Contradiction((f"{at}.run", "name"), f"= {model.run} is this job itself, which is served anyway; remove it")
+        if model.replicas.min > model.replicas.max:
+            yield Contradiction(
+                (f"{at}.replicas.min", f"{at}.replicas.max"),
+                f"= {model.replicas.min} is more than max = {model.replicas.max}; lower min or raise max",
+            )
+    if serve.adapters and job.model.pooling == "latent_attention":
+        yield Contradiction(
+            ("serve.adapters", "model.pooling"), "do not go with latent_attention pooling; merge them, or remove them"
+        )
 
 
 def _train(job: JobSpec, train: TrainSpec) -> Iterator[Contradiction]:

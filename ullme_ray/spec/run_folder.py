@@ -54,6 +54,11 @@ class RunFolder:
         return f"{self.root}/model"
 
     @property
+    def adapter(self) -> str:
+        """The trained LoRA adapter, as a PEFT folder."""
+        return f"{self.root}/adapter"
+
+    @property
     def metrics(self) -> str:
         return f"{self.root}/metrics"
 
@@ -91,6 +96,11 @@ def absolute_paths(job: JobSpec) -> JobSpec:
     for other in evaluate.get("models", ()):
         if os.path.isdir(os.path.expanduser(other["base"])):
             replace(other, "base")
+    for adapter in (tree["serve"] or {}).get("adapters", ()):
+        replace(adapter, "path")
+    for position, model in enumerate(job.serve.models if job.serve else ()):
+        if model.base is not None and os.path.isdir(os.path.expanduser(model.base)):
+            replace(tree["serve"]["models"][position], "base")
     if tree["embed"]:
         replace(tree["embed"]["input"], "path")
         replace(tree["embed"]["output"], "path")

@@ -200,7 +200,7 @@ def _export(job: JobSpec, at: TrainState) -> None:
     with tempfile.TemporaryDirectory() as local:
         if job.model.lora is not None:
             module.lm.save_pretrained(f"{local}/adapter", selected_adapters=[ENCODE])
-            storage.put_folder(f"{local}/adapter", storage.join(run.root, "adapter"))
+            storage.put_folder(f"{local}/adapter", run.adapter, last="adapter_config.json")
         backbone = merge_lora(module.lm).base_model.to(DTYPES[job.model.dtype])
         training = {
             "objective": train.objective.preset,

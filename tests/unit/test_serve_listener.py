@@ -1,0 +1,95 @@
+"""The listener on a real port, over replicas that are none: two of them, one port, and no request lost between them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from test_serve_backend import FakeReplicas
+
+from ullme_ray.serve.ingress import Listener
+from ullme_ray.spec.job import ServeSpec
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+end: Any = Listener.__del__
+
+
+@pytest.fixture(autouse=True)
+def ended_by_hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As Ray Serve does: it awaits `__del__` itself and leaves none for the garbage collector."""
+    monkeypatch.setattr(Listener, "__del__", lambda self: None)
+    yield
+    gc.collect()
+
+
+async def listener(port: int, replicas: FakeReplicas) -> Listener:
+    new: Any = Listener.__new__(Listener)
+    await new.__init__(ServeSpec(), ("127.0.0.1", port), [(["m"], False)], replicas)  # as Ray Serve does it
+    return new
+
+
+async def until_up(client: httpx.AsyncClient) -> None:
+    while True:
+        try:
+            if (await client.get("/health")).status_code == 200:
+                return
+        except httpx.TransportError:
+            await asyncio.sleep(0.02)
+
+
+def test_the_second_listener_takes_over_and_running_requests_are_finished() -> None:
+    async def test() -> None:
+        port, first_replicas, second_replicas = free_port(), FakeReplicas(), FakeReplicas()
+        first = await listener(port, first_replicas)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20) as client:
+            await until_up(client)
+            second = await listener(port, second_replicas)
+            await asyncio.sleep(0.2)
+            for _ in range(5):
+                assert (await client.post("/v1/embeddings", json={"input": "x", "model": "m"})).status_code == 200
+            assert not second_replicas.calls, "it waits for the port"
+            await first.check_health()
+            await second.check_health()
+
+            first_replicas.open.clear()
+            slow = asyncio.create_task(client.post("/v1/embeddings", json={"input": "slow", "model": "m"}))
+            while first_replicas.calls[-1][0] != "embed" or len(first_replicas.calls) < 7:
+                await asyncio.sleep(0.01)
+            ending = asyncio.create_task(end(first))
+            async with httpx.AsyncClient(base_url=client.base_url, trust_env=False, timeout=20) as other:
+                await until_up(other)
+                assert (await other.post("/v1/embeddings", json={"input": "x", "model": "m"})).status_code == 200
+            assert second_replicas.calls
+            assert not slow.done()
+            first_replicas.open.set()
+            assert (await slow).status_code == 200
+            await ending
+            with pytest.raises(RuntimeError, match="has ended"):
+                await first.check_health()
+        await end(second)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_listener_that_never_got_the_port_ends_at_once() -> None:
+    async def test() -> None:
+        with socket.socket() as holder:
+            holder.bind(("127.0.0.1", 0))
+            holder.listen()
+            waiting = await listener(holder.getsockname()[1], FakeReplicas())
+            await asyncio.sleep(0.1)
+            await waiting.check_health()
+            await asyncio.wait_for(end(waiting), 5)
+
+    asyncio.run(asyncio.wait_for(test(), 30))

@@ -1,0 +1,120 @@
+"""A model in memory as a replica uses it: one backbone, the adapters over it, and the forward pass for each kind of answer.
+
+Adapters share weights, not forward passes: rows of one adapter go together, and the layers are told which one it is. A pass of
+mixed rows would have to split them again in every adapted layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ullme_ray import storage
+from ullme_ray.errors import ModelError, ServeError
+from ullme_ray.model import Tokens, open_encoder
+from ullme_ray.model.adapters import AdapterSwitch, inject_lora
+from ullme_ray.serve.models import Served, published_version
+
+Form = Literal["unit", "pooled", "tokens"]  # unit vectors, pooled states as they are, states of all tokens
+_PUBLISHING_S = 60.0  # how long a start waits for a model that is being written
+_WARM_LENGTHS = (8, 64)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What rows have in common that share a forward pass."""
+
+    loaded: LoadedModel
+    adapter: str | None
+    prompt_length: int
+    form: Form
+
+    def forward(self, input_ids: list[list[int]]) -> Sequence[np.ndarray]:
+        tokens = Tokens(input_ids, self.prompt_length, [False] * len(input_ids))
+        return self.loaded.forward(tokens, self.adapter, self.form)
+
+
+class LoadedModel:
+    """Exists only once the weights are loaded and gave the vectors stored with the export.
+
+    Raises:
+        ModelError: the model or an adapter cannot be loaded, or computes other vectors than when it was exported.
+        ServeError: the files changed all the time while they were read.
+    """
+
+    def __init__(self, served: Served, *, device: str | None, tokens_per_batch: int, warm_up: bool) -> None:
+        self.created = int(time.time())
+        self._tokens_per_batch = tokens_per_batch
+        deadline = time.monotonic() + _PUBLISHING_S
+        while True:
+            self.version = published_version(served)
+            if self.version is not None:
+                self.encoder = open_encoder(served.job, device=device)
+                self._load_adapters(served)
+                if published_version(served) == self.version:
+                    break
+            if time.monotonic() > deadline:
+                raise ServeError(f"{served.name} is being published, or its publication broke off; publish it whole")
+            time.sleep(0.5)
+        self.fingerprints = {
+            name: self.encoder.fingerprint if name == served.name else self._fingerprint(served.adapters[name])
+            for name in served.names
+        }
+        if warm_up:
+            self._warm_up()
+
+    def _load_adapters(self, served: Served) -> None:
+        # Named by number in the layers, where a served name might be no module's name.
+        self._adapters: dict[str, str] = {}
+        for position, (name, folder) in enumerate(served.adapters.items()):
+            self._adapters[name] = f"adapter{position}"
+            inject_lora(self.encoder.backbone, storage.fetch_folder(folder), self._adapters[name])
+        self._switch = AdapterSwitch(self.encoder.backbone) if self._adapters else None
+
+    def _fingerprint(self, folder: str) -> str:
+        digest = hashlib.sha256(self.encoder.fingerprint.encode())
+        local = storage.fetch_folder(folder)
+        for name in sorted(os.listdir(local)):
+            if name.endswith((".safetensors", ".json")):
+                digest.update(name.encode() + storage.read_bytes(os.path.join(local, name)))
+        return digest.hexdigest()
+
+    def lane(self, name: str, prompt_length: int, form: Form) -> Lane:
+        return Lane(self, self._adapters.get(name), prompt_length, form)
+
+    def forward(self, tokens: Tokens, adapter: str | None, form: Form) -> Sequence[np.ndarray]:
+        """N unit vectors or pooled states (D), or N times the token states (L, D); float32.
+
+        Raises:
+            ModelError: a number is not finite.
+        """
+        if self._switch is None:
+            rows = self._run(tokens, form)
+        else:
+            with self._switch.use(adapter):
+                rows = self._run(tokens, form)
+        if not all(np.isfinite(row).all() for row in ([rows] if isinstance(rows, np.ndarray) else rows)):
+            raise ModelError("the model computed a vector that is not finite")
+        return rows
+
+    def _run(self, tokens: Tokens, form: Form) -> Any:
+        if form == "tokens":
+            return self.encoder.token_states(tokens)
+        if form == "pooled":
+            return self.encoder.pooled_states(tokens)
+        return self.encoder.embed_tokens(tokens, tokens_per_batch=self._tokens_per_batch)
+
+    def _warm_up(self) -> None:
+        """First passes are slow (memory, kernels, threads), and a batch too large for the GPU must show now, not under load."""
+        longest = self.encoder.settings.max_tokens
+        full = max(1, self._tokens_per_batch // longest) if self.encoder.device.type == "cuda" else 1
+        for count, length in [*((1, min(length, longest)) for length in _WARM_LENGTHS), (full, longest)]:
+            ids = [[1 % self.encoder.tokenizer.hf.vocab_size] * length] * count
+            for adapter in (None, *self._adapters.values()):
+                self.forward(Tokens(ids, 0, [False] * count), adapter, "unit")
