@@ -50,13 +50,15 @@ class _Counts:
 class Attempts:
     """How often work was begun that may end its own process. Ray Data begins it again without end, so somebody must say stop.
 
-    Counts in a process of its own, which outlives those it counts for. Can be sent to them.
+    Counts in a process of its own on this node, which outlives those it counts for: elsewhere it would die with its node,
+    and everybody would wait for it until Ray noticed. Can be sent to them.
     """
 
     def __init__(self, stage: Stage, limit: int) -> None:
         self._stage = stage
         self._limit = limit
-        self._counts: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Counts).remote()
+        counts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Counts)
+        self._counts: Any = counts.options(scheduling_strategy=_on_this_node()).remote()
 
     @contextlib.contextmanager
     def at(self, work: str, *, shown: str) -> Iterator[int]:
@@ -81,15 +83,18 @@ class Attempts:
             self._counts.done.remote(work)
 
 
+def _on_this_node() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def run_beside(stage: Stage, flow: Callable[..., Iterator[Any]], *args: Any) -> Iterator[tuple[Any, Any]]:
     """(reference, value) of what `flow(*args, attempts)` yields, as it comes; the flow runs in a task on this node.
 
     Raises:
         UllmeError: whatever the flow raised on purpose, or the stage's error with Ray's reason for anything else.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     attempts = Attempts(stage, MAX_ATTEMPTS)  # held here as long as the flow runs, for Ray ends an actor that nobody holds
-    task = ray.remote(num_cpus=0, max_retries=0)(flow).options(scheduling_strategy=here)
+    task = ray.remote(num_cpus=0, max_retries=0)(flow).options(scheduling_strategy=_on_this_node())
     results: Any = task.remote(*args, attempts)
     try:
         for reference in results:

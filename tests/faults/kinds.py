@@ -6,51 +6,41 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import psutil
+from processes import title_of
 from proxy import Fate, Spoil
-from workbench import Run, Trial, Workbench, end_processes, environment_set
+from workbench import Run, Trial, Workbench
 
 _VICTIM_WAIT_S = 5.0
 _BURST_S = (0.5, 4.0)
 
 
 class Fault:
-    """One kind. `open` before the first run of a trial, `strike` at each instant, `close` after the last run."""
+    """One kind: `strike` at each instant."""
 
-    per_run = 4  # instants in one run
+    per_run = 5  # instants in one run
     is_crash = True  # loses work that may be done again
     ends_run = False  # the run is not meant to survive it
+    exit_code = 0  # of a run that it ended
     unanswered = False  # readers may find the store gone
     overlaps = False  # runs beside one another do the same work twice
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def unavailable(self) -> str | None:
-        """Why it cannot be tried on this machine."""
-        return None
-
-    def open(self, bench: Workbench, trial: Trial) -> dict[str, Any]:
-        """What `Trial.start` is given."""
-        return {}
+    def unavailable(self, bench: Workbench) -> str:
+        """Why it cannot be tried on this machine; empty where it can."""
+        return ""
 
     def strike(self, bench: Workbench, trial: Trial, run: Run, chance: random.Random) -> bool:
         """Whether it hit a run that was not over."""
         raise NotImplementedError
 
-    def between_runs(self) -> None:
-        """Before the same command is given again."""
-
-    def close(self, bench: Workbench) -> None:
-        pass
+    def between_runs(self, bench: Workbench) -> None:
+        """Before the same command is given again, and after the last run."""
 
 
 class KillWorker(Fault):
@@ -63,12 +53,12 @@ class KillWorker(Fault):
     def strike(self, bench: Workbench, trial: Trial, run: Run, chance: random.Random) -> bool:
         deadline = time.monotonic() + _VICTIM_WAIT_S
         while time.monotonic() < deadline and not run.over:
-            workers = [process.pid for process in run.tree() if "ray::" in _title_of(process.pid)]
+            workers = [pid for pid in trial.workers() if "ray::" in title_of(pid)]
             chance.shuffle(workers)
             look_again = time.monotonic() + 0.2
             while time.monotonic() < look_again:  # a task may last but a few milliseconds
                 for pid in workers:
-                    if self._title.search(_title_of(pid)):
+                    if self._title.search(title_of(pid)):
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
                             return True
@@ -81,9 +71,10 @@ class KillDriver(Fault):
 
     ends_run = True
 
-    def __init__(self, name: str, number: signal.Signals) -> None:
+    def __init__(self, name: str, number: signal.Signals, exit_code: int) -> None:
         super().__init__(name)
         self._number = number
+        self.exit_code = exit_code
 
     def strike(self, bench: Workbench, trial: Trial, run: Run, chance: random.Random) -> bool:
         if run.over:
@@ -93,32 +84,17 @@ class KillDriver(Fault):
 
 
 class KillNode(Fault):
-    """A cluster of two nodes that the job joins; the one without the driver dies whole, and another takes its place."""
+    """The node without the driver dies whole, and another takes its place."""
 
     per_run = 2
-
-    def open(self, bench: Workbench, trial: Trial) -> dict[str, Any]:
-        from ray.cluster_utils import Cluster
-
-        self._environment = bench.job_environment(trial.trace)
-        with environment_set(self._environment):
-            self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-            self._second = self._cluster.add_node(num_cpus=2)
-        return {"address": self._cluster.address, "trace": trial.trace}
 
     def strike(self, bench: Workbench, trial: Trial, run: Run, chance: random.Random) -> bool:
         if run.over:
             return False
-        (raylet,) = self._second.all_processes["raylet"]
-        victim = psutil.Process(raylet.process.pid)
-        end_processes([victim, *victim.children(recursive=True)])
-        self._cluster.remove_node(self._second, allow_graceful=False)
-        with environment_set(self._environment):
-            self._second = self._cluster.add_node(num_cpus=2)
+        assert bench.nodes is not None
+        bench.nodes.kill_second()
+        bench.nodes.add_second()
         return True
-
-    def close(self, bench: Workbench) -> None:
-        self._cluster.shutdown()
 
 
 class SpoilRequests(Fault):
@@ -145,7 +121,7 @@ class SpoilRequests(Fault):
 class RestartStore(Fault):
     """SIGKILL to the store, and the same store again."""
 
-    per_run = 1
+    per_run = 2
     is_crash = False
     unanswered = True
 
@@ -159,49 +135,32 @@ class RestartStore(Fault):
 
 
 class FillDisk(Fault):
-    """The disk with the worker's temporary files (Ray's, and TMPDIR) has no byte left, for a while or to the run's end."""
+    """The disk of the second node (Ray's files there, and TMPDIR) has no byte left, for a while or to the run's end."""
 
     per_run = 2
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self._mount = Path()
-
-    def unavailable(self) -> str | None:
-        folder = Path(tempfile.mkdtemp(prefix="fd-"))
-        try:
-            done = _mount(folder)
-            if done.returncode == 0:
-                subprocess.run(["umount", str(folder)], check=False)
-                return None
-            return f"a small disk cannot be mounted here ({done.stderr.strip()})"
-        except FileNotFoundError:
-            return "there is no mount command"
-        finally:
-            folder.rmdir()
-
-    def open(self, bench: Workbench, trial: Trial) -> dict[str, Any]:
-        self._mount = Path(tempfile.mkdtemp(prefix="fd-"))
-        _mount(self._mount).check_returncode()
-        return {"extra": {"RAY_TMPDIR": str(self._mount), "TMPDIR": str(self._mount)}}
+    def unavailable(self, bench: Workbench) -> str:
+        assert bench.nodes is not None
+        return bench.nodes.no_disk
 
     def strike(self, bench: Workbench, trial: Trial, run: Run, chance: random.Random) -> bool:
         if run.over:
             return False
-        with contextlib.suppress(OSError), (self._mount / "ballast").open("wb", buffering=0) as stream:
+        with contextlib.suppress(OSError), self._ballast(bench).open("wb", buffering=0) as stream:
             while True:
                 stream.write(bytes(2**16))
         if chance.random() < 0.7:  # else it stays full
             _sleep_while_running(run, chance.uniform(*_BURST_S))
-            self.between_runs()
+            self.between_runs(bench)
         return True
 
-    def between_runs(self) -> None:
-        (self._mount / "ballast").unlink(missing_ok=True)
+    def between_runs(self, bench: Workbench) -> None:
+        self._ballast(bench).unlink(missing_ok=True)
 
-    def close(self, bench: Workbench) -> None:
-        subprocess.run(["umount", "-l", str(self._mount)], check=False)
-        shutil.rmtree(self._mount, ignore_errors=True)
+    @staticmethod
+    def _ballast(bench: Workbench) -> Path:
+        assert bench.nodes is not None
+        return bench.nodes.disk / "ballast"
 
 
 class SecondRun(Fault):
@@ -225,8 +184,8 @@ FAULTS: dict[str, Fault] = {
         KillWorker("read task", r"ray::.*read_step"),
         KillWorker("write task", r"ray::.*write_step"),
         KillNode("node"),
-        KillDriver("driver", signal.SIGKILL),
-        KillDriver("SIGTERM", signal.SIGTERM),
+        KillDriver("driver", signal.SIGKILL, -signal.SIGKILL),
+        KillDriver("SIGTERM", signal.SIGTERM, 130),
         SpoilRequests("S3 500/503", "error", share=0.7),
         SpoilRequests("S3 slow", "slow", share=0.7),
         SpoilRequests("S3 cut", "cut", "lost", share=0.5),
@@ -241,15 +200,3 @@ def _sleep_while_running(run: Run, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not run.over:
         time.sleep(0.05)
-
-
-def _title_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _mount(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)

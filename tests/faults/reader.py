@@ -1,8 +1,9 @@
 """A reader that polls a table while jobs write it: `python tests/faults/reader.py`, driven by lines on stdin.
 
 A line is JSON: {"table": path, "states": [[rows, digest], ...]} begins to watch, {} ends it and prints what was seen. A state
-is one that readers may see, from `state_of`; [0, ""] stands for no table at all. Every poll opens the newest version and reads
-all ids and vectors of it, so a version whose parts are missing or cut short is seen.
+is one that readers may see, from `state_of`; [0, ""] stands for no table at all. Every poll looks for the newest version. One
+not seen before is read, all ids and vectors, and so is any at every tenth poll: a version whose parts are missing or cut short
+is seen, be it a little later; reading at every poll would take more of the machine than the job under test.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from deltalake.exceptions import TableNotFoundError
 from ullme_ray.table import delta_options
 
 POLL_S = 0.05
+_READ_EVERY = 10  # polls
+_COLUMNS = ["id", "chunk", "embedding"]
 _UNANSWERED = ("error sending request", "onnection", "timed out", "status: 5", "status code: 5")
 
 
@@ -37,21 +40,40 @@ def state_of(rows: pa.Table) -> list[Any]:
 def read_table(path: str) -> pa.Table:
     """Ids and vectors of the newest version."""
     table = DeltaTable(path, storage_options=delta_options(path))
-    return table.to_pyarrow_table(columns=["id", "chunk", "embedding"])
+    return table.to_pyarrow_table(columns=_COLUMNS)
 
 
-def look(path: str) -> tuple[list[Any] | None, str]:
-    """The state that a reader sees now, or None and why it is torn or unanswered."""
-    try:
-        rows = read_table(path)
-    except TableNotFoundError:
-        return [0, ""], ""
-    except Exception as error:  # noqa: BLE001 - whatever a reader may be shown
-        return None, f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
-    vectors = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    if not np.isfinite(vectors).all():
-        return None, "vectors are not finite"
-    return state_of(rows), ""
+class Watch:
+    """One table, as a reader sees it that looks again and again."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._table: DeltaTable | None = None
+        self._looks = 0
+        self._state: list[Any] = [0, ""]
+
+    def look(self) -> tuple[list[Any] | None, str]:
+        """The state that a reader sees now, or None and why it is torn or unanswered."""
+        self._looks += 1
+        try:
+            before = self._table.version() if self._table else None
+            if self._table is None:
+                self._table = DeltaTable(self._path, storage_options=delta_options(self._path))
+            else:
+                self._table.update_incremental()
+            if before == self._table.version() and self._looks % _READ_EVERY:
+                return self._state, ""
+            rows = self._table.to_pyarrow_table(columns=_COLUMNS)
+        except TableNotFoundError:
+            return [0, ""], ""
+        except Exception as error:  # noqa: BLE001 - whatever a reader may be shown
+            self._table = None
+            return None, f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
+        vectors = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        if not np.isfinite(vectors).all():
+            return None, "vectors are not finite"
+        self._state = state_of(rows)
+        return self._state, ""
 
 
 def main() -> None:
@@ -71,10 +93,10 @@ def watch(table: str, allowed: list[list[Any]], commands: queue.Queue[dict[str, 
     """Polls until the next command comes, and once more after it."""
     torn: list[str] = []
     seen: list[int] = []
-    polls, unanswered, ended = 0, 0, False
+    polls, unanswered, ended, reader = 0, 0, False, Watch(table)
     while True:
         began = time.monotonic()
-        state, why = look(table)
+        state, why = reader.look()
         polls += 1
         if state is None and any(mark in why for mark in _UNANSWERED):
             unanswered += 1

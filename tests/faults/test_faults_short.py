@@ -1,4 +1,4 @@
-"""A short fault matrix of the real command on a real store: a killed actor, bad answers, a killed driver and a second run."""
+"""A short fault matrix of the real command on a real store: a killed actor, bad answers, a stopped and a killed driver."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from findings import Result, compare, unreadable_files
 from kinds import FAULTS
+from processes import processes_of
 from workbench import RUN_TIMEOUT_S, Reader, Run, Trial, Workbench
 
 from ullme_ray import storage
@@ -70,13 +72,11 @@ def wait_for_parts(trial: Trial, run: Run, count: int) -> None:
 @pytest.fixture
 def watched(bench: Workbench, rows: dict[str, str]) -> Iterator[tuple[Trial, Reader]]:
     trial = bench.new_trial()
-    reader = Reader(bench.store_environment())
-    reader.watch(trial.table, [[0, ""], bench.state_of_ids(rows)])
+    bench.reader.watch(trial.table, [[0, ""], bench.state_of_ids(rows)])
     try:
-        yield trial, reader
+        yield trial, bench.reader
     finally:
         bench.proxy.spoil(None)
-        reader.close()
 
 
 def test_a_run_survives_a_killed_actor_errors_and_cut_uploads(
@@ -92,13 +92,21 @@ def test_a_run_survives_a_killed_actor_errors_and_cut_uploads(
     check(bench, trial, rows, reader)
 
 
-def test_a_killed_driver_and_the_same_command_again_repeat_almost_nothing(
+def test_a_driver_stopped_then_killed_and_the_same_command_again_repeat_almost_nothing(
     bench: Workbench, rows: dict[str, str], watched: tuple[Trial, Reader]
 ) -> None:
     trial, reader = watched
     chance = random.Random(2)
     run = trial.start()
-    wait_for_parts(trial, run, chance.randrange(2, UNITS - 2))
+    wait_for_parts(trial, run, chance.randrange(2, UNITS // 2))
+    assert FAULTS["SIGTERM"].strike(bench, trial, run, chance)
+    assert run.process.wait(RUN_TIMEOUT_S) == 130, run.end_of_output()
+    assert "the same command goes on where this one left off: ullme-ray embed " in run.end_of_output()
+    assert "Traceback" not in run.end_of_output()
+    left = wait_until_ended(run)
+    assert left == [], "a stopped run leaves nothing behind"
+    run = trial.start()
+    wait_for_parts(trial, run, len(trial.parts_put()) + 1)
     assert FAULTS["driver"].strike(bench, trial, run, chance)
     run.process.wait(RUN_TIMEOUT_S)
     again = trial.start()
@@ -106,3 +114,11 @@ def test_a_killed_driver_and_the_same_command_again_repeat_almost_nothing(
     report = trial.report()
     assert report["units_embedded"] < report["units_total"]
     check(bench, trial, rows, reader)
+
+
+def wait_until_ended(run: Run) -> list[psutil.Process]:
+    """What of a run is still there after half a minute."""
+    deadline = time.monotonic() + 30
+    while (left := processes_of({run.process.pid})) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left

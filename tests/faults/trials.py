@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import psutil
 from findings import Result, compare, unreadable_files
 from kinds import Fault
-from workbench import (
-    RUN_TIMEOUT_S,
-    Reader,
-    Run,
-    Trial,
-    Workbench,
-    end_processes,
-    processes_of,
-    state_of_table,
-)
+from processes import end_processes, processes_of, title_of
+from workbench import RUN_TIMEOUT_S, Run, Trial, Workbench, state_of_table
 
 MAX_RUNS = 8  # until one ends well, beside those that a fault ended
 LEFTOVERS_S = 30.0
+_OUR_WORK = re.compile(r"ray::.*(EmbedActor|read_step|write_step|_flow|_Counts)")
+_JITTER_S = 0.4  # after the part at which an instant is due, so that instants fall between parts too
 
 
 @dataclass(frozen=True)
 class Quiet:
-    """What a run without faults gives, and how long its pipeline takes."""
+    """What a run without faults gives."""
 
     result: Result
     states: list[list[Any]]  # that readers may see: before, after
     units: Counter[str]
-    seconds: float
+    parts: int  # that it puts
 
 
 @dataclass
 class Tally:
-    """What became of all instants of a kind."""
+    """What became of the instants of some trials of one kind."""
 
     tried: int = 0
     hit: int = 0
@@ -59,6 +55,9 @@ class Tally:
     def clean(self) -> bool:
         return not (self.lost or self.duplicated or self.unreadable or self.torn or self.beyond or self.notes)
 
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
+
 
 def quiet_runs(bench: Workbench) -> Quiet:
     """Version 0 of the table, from the earlier corpus, and then what a run on the present one makes of it.
@@ -73,13 +72,11 @@ def quiet_runs(bench: Workbench) -> Quiet:
     bench.keep_as_version_0(first)
     bench.write_corpus()
     second = bench.new_trial()
-    run = _finish_quietly(second)
-    began = run.wait_for_first_event()
+    _finish_quietly(second)
     embedded = second.embedded()
-    if began is None or not bench.units <= embedded.total() == len(embedded):
+    if not bench.units <= embedded.total() == len(embedded):
         raise RuntimeError(f"the trace saw {len(embedded)} units in {embedded.total()} calls, of {bench.units} or more")
-    last = [entry.time for entry in bench.proxy.log if entry.path.endswith("embed_report.json") and entry.method == "PUT"][-1]
-    return Quiet(second.result(), [before, state_of_table(second.table)], embedded, last - began)
+    return Quiet(second.result(), [before, state_of_table(second.table)], embedded, len(second.parts_put()))
 
 
 def _finish_quietly(trial: Trial) -> Run:
@@ -90,71 +87,67 @@ def _finish_quietly(trial: Trial) -> Run:
     return run
 
 
-def try_instants(bench: Workbench, fault: Fault, quiet: Quiet, count: int, chance: random.Random, tally: Tally) -> None:
-    """One trial with up to `count` instants; `tally` gets what came of it."""
-    began = time.monotonic()
+def try_instants(bench: Workbench, fault: Fault, quiet: Quiet, shares: Sequence[float], chance: random.Random) -> Tally:
+    """One trial with an instant at each share of the parts that are to be put; 1 and more means after the last of them."""
+    began, tally = time.monotonic(), Tally(trials=1)
     trial = bench.new_trial()
-    reader = Reader(bench.store_environment())
-    reader.watch(trial.table, quiet.states)
-    tally.trials += 1
-    hits_before = tally.hit
+    bench.reader.watch(trial.table, quiet.states)
     try:
-        options = fault.open(bench, trial)
-        try:
-            if fault.ends_run:
-                _chain(bench, fault, quiet, count, chance, tally, trial, options)
-            else:
-                _one_run(bench, fault, quiet, count, chance, tally, trial, options)
-            failed = _run_until_well(fault, trial, options, tally)
-        finally:
-            bench.proxy.spoil(None)
-            _check_nothing_runs(trial, tally)
-            fault.close(bench)
-        seen = reader.summary()
+        strike = _chain if fault.ends_run else _one_run
+        strike(bench, fault, quiet, sorted(shares), chance, tally, trial)
+        failed = _run_until_well(bench, fault, trial, tally)
     finally:
-        reader.close()
+        bench.proxy.spoil(None)
+        fault.between_runs(bench)
+        _check_nothing_runs(trial, tally)
+        seen = bench.reader.summary()
     tally.runs += len(trial.runs)
-    _check(bench, fault, trial, quiet, seen, tally, crashes=(tally.hit - hits_before) * fault.is_crash + failed)
-    tally.seconds += time.monotonic() - began
+    _check(bench, fault, trial, quiet, seen, tally, crashes=tally.hit * fault.is_crash + failed)
+    tally.seconds = round(time.monotonic() - began, 1)
+    return tally
 
 
 def _one_run(
-    bench: Workbench, fault: Fault, quiet: Quiet, count: int, chance: random.Random, tally: Tally, trial: Trial, options: Any
+    bench: Workbench, fault: Fault, quiet: Quiet, shares: list[float], chance: random.Random, tally: Tally, trial: Trial
 ) -> None:
-    instants = sorted(chance.random() * quiet.seconds for _ in range(count))
-    run = trial.start(**options)
-    first = run.wait_for_first_event()
-    for instant in instants:
-        if first is None or not _wait_until(run, first + instant):
+    run = trial.start()
+    for share in shares:
+        if not _wait_until(trial, run, share * quiet.parts, chance):
             break
         _strike(bench, fault, trial, run, chance, tally)
+    tally.tried = len(shares)
     _wait(run, tally)
 
 
 def _chain(
-    bench: Workbench, fault: Fault, quiet: Quiet, count: int, chance: random.Random, tally: Tally, trial: Trial, options: Any
+    bench: Workbench, fault: Fault, quiet: Quiet, shares: list[float], chance: random.Random, tally: Tally, trial: Trial
 ) -> None:
-    """Every run but the last is ended at an instant of the time that its missing units will take."""
-    for _ in range(count):
-        left = 1 - len(trial.parts_put()) / quiet.units.total()
-        run = trial.start(**options)
-        first = run.wait_for_first_event()
-        if first is None or not _wait_until(run, first + chance.random() * quiet.seconds * max(left, 0.1)):
-            tally.tried += 1
-            break
-        _strike(bench, fault, trial, run, chance, tally)
+    """Every run but the last is ended; the next one goes on from its parts."""
+    for share in shares:
+        run = trial.start()
+        if _wait_until(trial, run, share * quiet.parts, chance):
+            _strike(bench, fault, trial, run, chance, tally)
+        tally.tried += 1
         _wait(run, tally)
+        if run.process.returncode == 0:
+            break
+        if run.process.returncode != fault.exit_code:
+            tally.notes.append(f"ended with {run.process.returncode} instead of {fault.exit_code}: {run.end_of_output()}")
 
 
 def _strike(bench: Workbench, fault: Fault, trial: Trial, run: Run, chance: random.Random, tally: Tally) -> None:
-    tally.tried += 1
     tally.hit += fault.strike(bench, trial, run, chance)
 
 
-def _wait_until(run: Run, instant: float) -> bool:
-    """False when the run was over before."""
-    while (left := instant - time.monotonic()) > 0 and not run.over:
-        time.sleep(min(left, 0.02))
+def _wait_until(trial: Trial, run: Run, parts: float, chance: random.Random) -> bool:
+    """Until the pipeline is at work and the store has so many parts of the trial; False when the run was over before."""
+    if run.wait_for_first_event() is None:
+        return False
+    while len(trial.parts_put()) < int(parts) and not run.over:
+        time.sleep(0.01)
+    due = time.monotonic() + chance.random() * _JITTER_S
+    while time.monotonic() < due and not run.over:
+        time.sleep(0.005)
     return not run.over
 
 
@@ -163,42 +156,49 @@ def _wait(run: Run, tally: Tally) -> None:
         run.process.wait(RUN_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         tally.notes.append(f"hung for {RUN_TIMEOUT_S:.0f} s: {run.end_of_output()}")
-        end_processes([*run.tree(), psutil.Process(run.process.pid)])
-        run.process.wait()
+        run.end()
 
 
-def _run_until_well(fault: Fault, trial: Trial, options: Any, tally: Tally) -> int:
+def _run_until_well(bench: Workbench, fault: Fault, trial: Trial, tally: Tally) -> int:
     """Gives the command again until it exits 0; returns how many runs failed that no fault was meant to end."""
     for run in trial.runs:
         _wait(run, tally)
     failed = 0
+    if fault.overlaps:
+        failed = sum(run.process.returncode != 0 for run in trial.runs)
+        tally.notes += [f"one of two failed: {run.end_of_output()}" for run in trial.runs if run.process.returncode]
     for _ in range(MAX_RUNS):
         last = trial.runs[-1]
-        if last.process.returncode == 0 and not fault.overlaps:
+        if last.process.returncode == 0:
             break
-        if fault.overlaps and all(run.process.returncode == 0 for run in trial.runs):
-            break
-        if not fault.ends_run:
+        if not fault.ends_run and not fault.overlaps:
             failed += 1
             told = last.end_of_output()
             if "Traceback" in told or "error:" not in told:
                 tally.notes.append(f"ended with {last.process.returncode} and no clear error: {told}")
-        fault.between_runs()
-        _wait(trial.start(**options), tally)
+        fault.between_runs(bench)
+        _wait(trial.start(), tally)
     else:
         tally.notes.append(f"no run of {len(trial.runs)} ended well: {trial.runs[-1].end_of_output()}")
     return failed
 
 
 def _check_nothing_runs(trial: Trial, tally: Tally) -> None:
-    """No run leaves processes behind, however it ended."""
+    """No run leaves processes behind, nor workers at work, however it ended."""
     deadline = time.monotonic() + LEFTOVERS_S
     sessions = {run.process.pid for run in trial.runs}
-    while (left := processes_of(sessions)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    if left:
-        tally.notes.append(f"{len(left)} processes outlive their run by {LEFTOVERS_S:.0f} s, such as {left[0].name()}")
-        end_processes(left)
+
+    def left() -> list[psutil.Process]:
+        titles = {pid: title_of(pid) for pid in trial.workers()}
+        busy = [pid for pid, title in titles.items() if _OUR_WORK.search(title)]
+        return processes_of(sessions) + [psutil.Process(pid) for pid in busy if psutil.pid_exists(pid)]
+
+    while (found := left()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if found:
+        titles = [title_of(process.pid).replace("\0", " ")[:80] for process in found[:3]]
+        tally.notes.append(f"{len(found)} processes outlive their run by {LEFTOVERS_S:.0f} s, such as {titles}")
+        end_processes(found)
 
 
 def _check(

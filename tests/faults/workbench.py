@@ -1,5 +1,7 @@
 """The job under test, run as users run it, and the checks of what it leaves: a real store, a proxy before it, a trace.
 
+Drivers start cold with a Ray of their own, or join a cluster that outlives the trials (`with_cluster`).
+
 A trial has a table folder of its own over the same corpus. Its table begins at version 0, made from an earlier state of the
 corpus, so that readers have something to read all the while; the run under test changes, adds and removes rows.
 """
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # for s3_server
 
 from findings import Result, result_of  # noqa: E402
+from nodes import TwoNodes  # noqa: E402
+from nursery import Driver  # noqa: E402
+from processes import end_processes, environment_set, processes_of  # noqa: E402
 from proxy import Proxy  # noqa: E402
 from reader import read_table, state_of  # noqa: E402
 from s3_server import S3Server  # noqa: E402
@@ -36,7 +41,7 @@ from ullme_ray.spec.job import ScratchSpec  # noqa: E402
 
 JOB_NAME = "docs"
 ROWS_PER_UNIT = 8
-RUN_TIMEOUT_S = 600.0
+RUN_TIMEOUT_S = 300.0
 _WORDS = "bucket object policy access private public key table query value request list delete create returns"
 
 
@@ -44,13 +49,13 @@ _WORDS = "bucket object policy access private public key table query value reque
 class Run:
     """One run of the command."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Driver
     trace: Path
+    begin: int  # bytes of the trace that earlier runs wrote
     told: Path
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        lines = self.trace.read_text().splitlines() if self.trace.exists() else []
-        return [line for line in map(json.loads, lines) if line["event"] == event]
+        return events_of(self.trace, self.begin, event)
 
     @property
     def over(self) -> bool:
@@ -64,9 +69,16 @@ class Run:
         return float(found[0]["time"]) if found else None
 
     def tree(self) -> list[psutil.Process]:
+        """The processes that it started itself."""
         with contextlib.suppress(psutil.NoSuchProcess):
             return psutil.Process(self.process.pid).children(recursive=True)
         return []
+
+    def end(self) -> None:
+        """Kills it, with what it started."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            end_processes([*self.tree(), psutil.Process(self.process.pid)])
+        self.process.wait()
 
     def end_of_output(self) -> str:
         return self.told.read_text(errors="replace")[-1500:]
@@ -75,13 +87,16 @@ class Run:
 class Workbench:
     """A store with the corpus; a context manager that leaves no process behind."""
 
-    def __init__(self, folder: Path, seed: int, *, units: int = 40, actors: int = 2) -> None:
+    def __init__(self, folder: Path, seed: int, *, units: int = 40, actors: int = 2, with_cluster: bool = False) -> None:
         self.folder = folder
+        self.with_cluster = with_cluster
+        self.nodes: TwoNodes | None = None
         self.store = S3Server(_made(folder / "store"))
         self.proxy = Proxy(self.store.port, seed)
         self.base = str(folder / "base")
         self.units = units
         self.actors = actors
+        self.reader = Reader(self.store_environment())
         self._stack = contextlib.ExitStack()
         self._trials: list[Trial] = []
         self._snapshot: dict[str, bytes] = {}
@@ -93,7 +108,7 @@ class Workbench:
             self.store.start()
             build_scratch(
                 [_WORDS] * 4,
-                ScratchSpec(hidden_size=128, layers=4, heads=4, vocab_size=300),
+                ScratchSpec(hidden_size=32, layers=2, heads=4, vocab_size=300),
                 max_tokens=256,
                 seed=7,
                 folder=self.base,
@@ -101,6 +116,10 @@ class Workbench:
             self.store.wait_until_ready()
             stack.enter_context(environment_set(self.store.environment()))
             stack.enter_context(self.proxy)
+            self.reader.start()
+            stack.callback(self.reader.close)
+            if self.with_cluster:
+                self.nodes = stack.enter_context(TwoNodes(self.folder, self.job_environment(self.folder / "trace.jsonl")))
             self.corpus = f"{self.store.bucket('corpus')}/in"
             self._stack = stack.pop_all()
         return self
@@ -157,6 +176,7 @@ class Workbench:
             "embed": {
                 "input": {"path": self.corpus, "id": "id", "text": ["text"]},
                 "rows_per_unit": ROWS_PER_UNIT,
+                "tokens_per_batch": 512,  # given, for actors are born often here and would look for it each time
                 "actors": {"min": 1, "max": self.actors},
             },
             **({"cluster": {"address": address}} if address else {}),
@@ -178,7 +198,8 @@ class Workbench:
         path = os.pathsep.join([str(HERE / "tracing"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
         kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         ours = {"PYTHONPATH": path.rstrip(os.pathsep), "FAULTS_TRACE": str(trace), "OMP_NUM_THREADS": "1"}
-        ours["RAY_memory_monitor_refresh_ms"] = "0"  # what else runs on this machine shall not add faults of its own
+        # What else runs on this machine shall not add faults of its own, nor keep Ray's workers from the CPU.
+        ours |= {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_niceness": "0"}
         return {**kept, **self.store.environment(self.proxy.endpoint), **ours}
 
 
@@ -188,43 +209,57 @@ class Trial:
     def __init__(self, bench: Workbench, root: str, folder: Path) -> None:
         self.root = root
         self.table = f"{root}/{JOB_NAME}/embeddings"
-        self.trace = folder / "trace.jsonl"
         self.runs: list[Run] = []
         self._bench = bench
         self._folder = folder
+        self._requests_before = len(bench.proxy.log)
 
-    def start(self, *, address: str | None = None, extra: dict[str, str] | None = None, trace: Path | None = None) -> Run:
+    def start(self) -> Run:
         """Starts the command in a session of its own, as a terminal or a scheduler does."""
+        bench, nodes, number = self._bench, self._bench.nodes, len(self.runs)
         path = self._folder / "job.yaml"
         with path.open("w") as stream:
-            YAML(typ="safe", pure=True).dump(self._bench.job(self.root, address), stream)
-        number = len(self.runs)
-        trace, told = trace or self._folder / f"trace-{number}.jsonl", self._folder / f"told-{number}.txt"
+            YAML(typ="safe", pure=True).dump(bench.job(self.root, nodes.address if nodes else None), stream)
+        trace = bench.folder / "trace.jsonl" if nodes else self._folder / f"trace-{number}.jsonl"
+        told, begin = self._folder / f"told-{number}.txt", trace.stat().st_size if trace.exists() else 0
+        command, environment = ["ullme_ray", "embed", str(path)], bench.job_environment(trace)
+        process: subprocess.Popen[bytes] | Driver
         with told.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ullme_ray", "embed", str(path)],
-                cwd=self._folder,
-                env={**self._bench.job_environment(trace), **(extra or {})},
-                start_new_session=True,
-                stdout=stream,
-                stderr=stream,
-            )
-        run = Run(process, trace, told)
+            if nodes:
+                process = nodes.nursery.driver(command, environment, str(self._folder), stream.fileno())
+            else:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", *command],
+                    cwd=self._folder,
+                    env=environment,
+                    start_new_session=True,
+                    stdout=stream,
+                    stderr=stream,
+                )
+        run = Run(process, trace, begin, told)
         self.runs.append(run)
         return run
+
+    def workers(self) -> list[int]:
+        """Pids of Ray's workers that may be at work for this trial."""
+        if self._bench.nodes:
+            return self._bench.nodes.nursery.workers()
+        return [process.pid for run in self.runs for process in run.tree()]
 
     def report(self) -> dict[str, Any]:
         return dict(json.loads(storage.read_text(f"{self.root}/{JOB_NAME}/embed_report.json")))
 
     def embedded(self) -> Counter[str]:
         """How often each unit was given to the model, over all runs."""
-        traces = {run.trace: run for run in self.runs}
-        return Counter(event["unit"] for run in traces.values() for event in run.events("embed"))
+        begins: dict[Path, int] = {}
+        for run in self.runs:
+            begins.setdefault(run.trace, run.begin)
+        return Counter(event["unit"] for trace, begin in begins.items() for event in events_of(trace, begin, "embed"))
 
     def parts_put(self) -> set[str]:
         """Names of the parts of this trial that the store took."""
         prefix = self.table.removeprefix("s3:/") + "/part-"
-        log = list(self._bench.proxy.log)
+        log = self._bench.proxy.log[self._requests_before :]
         return {entry.path for entry in log if entry.method == "PUT" and entry.status == 200 and entry.path.startswith(prefix)}
 
     def result(self) -> Result:
@@ -235,51 +270,58 @@ class Reader:
     """The polling reader in a process of its own."""
 
     def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = environment
+        self._process: subprocess.Popen[str] | None = None
+        self._watching = False
+
+    def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "reader.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, str(HERE / "reader.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment,
         )
 
     def watch(self, table: str, states: list[list[Any]]) -> None:
+        if self._watching:  # a trial broke off
+            self.summary()
         self._send({"table": table, "states": states})
+        self._watching = True
 
     def summary(self) -> dict[str, Any]:
         """Ends the watch."""
         self._send({})
+        self._watching = False
+        assert self._process is not None
         assert self._process.stdout is not None
         return dict(json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
+        assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
 
     def _send(self, command: dict[str, Any]) -> None:
+        assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
 
 
+def events_of(trace: Path, begin: int, event: str) -> list[dict[str, Any]]:
+    """What the trace holds of one kind from a place on."""
+    if not trace.exists():
+        return []
+    with trace.open("rb") as stream:
+        stream.seek(begin)
+        lines = stream.read().decode().splitlines()
+    return [line for line in map(json.loads, lines) if line["event"] == event]
+
+
 def state_of_table(table: str) -> list[Any]:
     return state_of(read_table(table))
-
-
-def processes_of(sessions: set[int]) -> list[psutil.Process]:
-    """The living processes of the sessions that runs were started in."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, OSError):
-            continue
-    return found
-
-
-def end_processes(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=20)
 
 
 def _rows(prefix: str, count: int) -> list[dict[str, Any]]:
@@ -294,18 +336,3 @@ def _rows(prefix: str, count: int) -> list[dict[str, Any]]:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def environment_set(values: dict[str, str]) -> Iterator[None]:
-    """This process's variables for the length of a `with` block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ullme_ray import storage
 from ullme_ray.embed import describe_table, dry_run, pipeline, remove_old_files, run_embed, verify_table
@@ -63,7 +68,9 @@ def tokens_of(job: JobSpec, rows: list[dict[str, Any]]) -> int:
     return open_tokenizer(job).tokenize([row["text"] for row in rows], "passage").num_tokens
 
 
-def test_a_corpus_with_some_rows_changed_new_and_removed_costs_those_alone(tmp_path: Path, tiny_base: str) -> None:
+@pytest.mark.parametrize("anew", [True, False], ids=["all files anew", "in the same files"])
+def test_a_corpus_with_some_rows_changed_new_and_removed_costs_those_alone(tmp_path: Path, tiny_base: str, anew: bool) -> None:
+    """5 % of the rows changed, 3 % new, 2 % removed."""
     job = make_job(tmp_path, tiny_base)
     rows = make_rows()
     write_files(tmp_path, rows, 3, "monday")
@@ -74,28 +81,50 @@ def test_a_corpus_with_some_rows_changed_new_and_removed_costs_those_alone(tmp_p
     assert 0 < first.mfu < 1
     before = read(tmp_path)
 
-    changed = [{**row, "text": row["text"] + " changed"} for row in rows[:10]]
+    chance = random.Random(1)
+    picked = chance.sample(range(NUM_ROWS), 14)
+    changed = {n: {**rows[n], "text": rows[n]["text"] + " changed"} for n in picked[:10]}
     new = make_rows(6, start=NUM_ROWS)
-    tuesday = [*changed, *rows[10:-4], *new]
-    random.Random(1).shuffle(tuesday)
-    write_files(tmp_path, tuesday, 5, "tuesday")  # other names, order and sizes, as a nightly export does
+    tuesday = [changed.get(n, row) for n, row in enumerate(rows) if n not in picked[10:]] + new
+    if anew:
+        chance.shuffle(tuesday)
+        write_files(tmp_path, tuesday, 5, "tuesday")  # other names, order and sizes, as a nightly export does
+    else:
+        write_files(tmp_path, tuesday, 3, "monday")
     planned = dry_run(job)
-    assert (planned.files_new, planned.files_removed, planned.rows_to_read) == (5, 3, len(tuesday))
+    assert (planned.files_new, planned.files_changed, planned.files_removed) == ((5, 0, 3) if anew else (0, 3, 0))
+    assert planned.rows_to_read == len(tuesday)
     assert 0 < planned.rows_to_embed_estimate < 60
     second = run_embed(job)
     assert (second.rows_embedded, second.rows_copied, second.rows) == (16, len(tuesday) - 16, len(tuesday))
-    assert second.tokens == tokens_of(job, [*changed, *new])
-    assert (second.files_new, second.files_removed) == (5, 3)
+    assert second.tokens == tokens_of(job, [*changed.values(), *new])
+    assert (second.files_new, second.files_changed, second.files_removed) == ((5, 0, 3) if anew else (0, 3, 0))
     after = read(tmp_path)
     assert after.keys() == {row["id"] for row in tuesday}
-    same = before.keys() & after.keys() - {row["id"] for row in changed}
+    same = before.keys() & after.keys() - {row["id"] for row in changed.values()}
     assert len(same) == NUM_ROWS - 14
     assert all(after[i] == before[i] for i in same)
-    assert all(after[row["id"]][0] != before[row["id"]][0] for row in changed)
+    assert all(after[row["id"]][0] != before[row["id"]][0] for row in changed.values())
 
+    touched = swap_texts_unseen(tmp_path)
     third = run_embed(job)
     assert (third.units_embedded, third.tokens, third.rows_reused, third.version) == (0, 0, len(tuesday), second.version)
+    touched()
     assert verify_table(job, num_rows=40).rows == 40
+
+
+def swap_texts_unseen(folder: Path) -> Callable[[], None]:
+    """Other texts in all files, whose size and time stay: a run that reads them would find news. Gives what undoes it."""
+    files = {path: (path.read_bytes(), path.stat()) for path in (folder / "in").iterdir()}
+
+    def write(swap: bool) -> None:
+        for path, (data, stat) in files.items():
+            path.write_bytes(data.replace(b"row ", b"ROW ") if swap else data)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            assert path.stat().st_size == len(data)
+
+    write(swap=True)
+    return lambda: write(swap=False)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +136,7 @@ def test_a_corpus_with_some_rows_changed_new_and_removed_costs_those_alone(tmp_p
         {"embed__output": {"dims": 16}},
         {"embed__output": {"dtype": "int8"}},
         {"input__chunks": {"tokens": 8, "overlap": 2}},
+        {"model__base": "other weights"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -114,11 +144,24 @@ def test_whatever_changes_a_vector_embeds_all_again(tmp_path: Path, tiny_base: s
     rows = make_rows(20)
     write_files(tmp_path, rows, 1, "a")
     run_embed(make_job(tmp_path, tiny_base))
+    if "model__base" in change:
+        change = {"model__base": with_one_other_weight(tiny_base, tmp_path / "other")}
     other = make_job(tmp_path, tiny_base, **change)
     report = run_embed(other)
     assert (report.rows_embedded, report.rows_copied, report.rows_reused) == (20, 0, 0)
+    assert report.tokens == int(pa.compute.sum(open_table(report.table).to_pyarrow_table()["num_tokens"]).as_py())
     assert report.files_changed == 1
     assert verify_table(other, num_rows=10).lowest_cosine > 0.99999
+
+
+def with_one_other_weight(base: str, folder: Path) -> str:
+    """The model with a thousandth added to one number of its embeddings."""
+    shutil.copytree(base, folder)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][5, 0] += 1e-3
+    save_file(weights, path, metadata={"format": "pt"})
+    return str(folder)
 
 
 def test_equal_texts_are_embedded_once_and_long_ones_in_chunks(tmp_path: Path, tiny_base: str) -> None:

@@ -6,7 +6,6 @@ object in the file that FAULTS_TRACE names.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.machinery
 import json
 import os
@@ -37,20 +36,20 @@ def _hook_reading(module: ModuleType) -> None:
     module.read_unit = traced  # type: ignore[attr-defined]
 
 
-def _hook_encoder(module: ModuleType) -> None:
-    embed_tokens = module.Encoder.embed_tokens
+def _hook_steps(module: ModuleType) -> None:
+    embed = module.EmbedActor._embed
 
-    def traced(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        if tokens.input_ids:
-            _write("embed", hashlib.sha256(repr(tokens.input_ids).encode()).hexdigest()[:16])
-        return embed_tokens(self, tokens, *args, **kwargs)
+    def traced(self: Any, unit: Any, work: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(work.ids):
+            _write("embed", f"{unit.file.path} {unit.start}")
+        return embed(self, unit, work, *args, **kwargs)
 
-    module.Encoder.embed_tokens = traced
+    module.EmbedActor._embed = traced
 
 
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "ullme_ray.embed.reading": _hook_reading,
-    "ullme_ray.model.encoder": _hook_encoder,
+    "ullme_ray.embed.steps": _hook_steps,
 }
 
 
