@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from ullme_ray import storage
 from ullme_ray.errors import DataError, ModelError, StorageError
 from ullme_ray.evaluate import encoding, preflight, run_evaluate, table_run
+from ullme_ray.evaluate.generation import read_candidates
+from ullme_ray.evaluate.generation_model import GenerationModel
 from ullme_ray.model import encoder_fingerprint, open_encoder
 from ullme_ray.progress import Progress
 from ullme_ray.retrieval.local_set import read_local_set
@@ -177,6 +179,39 @@ def test_queries_over_the_embeddings_table_find_what_a_search_of_the_corpus_find
     expected = mean_scores(score_run(heldout.qrels, run, ["ndcg@5", "recall@5", "mrr@5"]))
     found = over_chunks.models[0].measures
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_generation_checks_of_the_model_before_and_after_training(job, tiny_base, tmp_path):
+    """In Ray actors as in this process; what was scored is kept. Other weights give other numbers."""
+    rows = tmp_path / "rows.jsonl"
+    lines = (Path(RunFolder.of(job).data) / "train.jsonl").read_text().splitlines()[:12]
+    rows.write_text("\n".join(lines))
+    train = {"objective": "cl", "data": [{"path": "run:data/train.jsonl"}]}
+    checks = {"path": str(rows), "max_passages": 5}
+    checked = JobSpec.model_validate({**job.model_dump(), "train": train, "evaluate": {"generation": checks}})
+    export = Path(RunFolder.of(job).export)
+    shutil.copytree(tiny_base, export)
+    weights = load_file(export / "model.safetensors")
+    save_file({name: weight.flip(0).contiguous() for name, weight in weights.items()}, export / "model.safetensors")
+    (export / "modules.json").write_text("[]")
+    preflight(checked)
+    report = run_evaluate(checked)
+    assert report.generation is not None
+    assert (report.generation.num_rows, report.generation.num_passages) == (12, 60)
+    base, trained = report.generation.models
+    model = GenerationModel(checked, "base", 64, "cpu")
+    candidates = read_candidates(checked)
+    scored = [found[0] for found in model.score([(row.query, row.passages) for row in candidates])]
+    expected = np.exp(-sum(total for total, _ in scored) / sum(length for _, length in scored))
+    assert base.perplexity == pytest.approx(expected, rel=1e-4)
+    assert base.perplexity != trained.perplexity
+    assert -1 <= base.tau_interval[0] <= base.kendall_tau <= base.tau_interval[1] <= 1
+    assert 0 <= base.preference_interval[0] <= base.preference_accuracy <= base.preference_interval[1] <= 1
+    assert f"{base.perplexity:.2f}" in report.to_text()
+    kept = Path(RunFolder.of(job).evaluation) / base.results
+    before = kept.stat().st_mtime_ns
+    assert run_evaluate(checked).generation == report.generation
+    assert kept.stat().st_mtime_ns == before
 
 
 def test_a_rerun_encodes_nothing_and_another_model_or_set_does(job, tiny_base, tmp_path, monkeypatch):

@@ -293,7 +293,7 @@ def test_every_field_has_a_description() -> None:
     """Editors show them, and error messages quote them."""
     schema = _schema()
     sections = {"JobSpec": schema, **schema["$defs"]}
-    for name in ("ObjectiveSpec", "EncoderSpec", "OtherModelSpec"):  # for which a name alone may stand
+    for name in ("ObjectiveSpec", "EncoderSpec", "OtherModelSpec", "MtebSpec"):  # for which a name alone may stand
         sections[name] = sections[name]["anyOf"][1]
     fields = {f"{name}.{key}": value for name, section in sections.items() for key, value in section["properties"].items()}
     assert len(fields) > 80

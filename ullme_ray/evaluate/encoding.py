@@ -49,6 +49,12 @@ class _EncodeActor:
     def encode(self, which: Model, texts: list[str], prompt: PromptName) -> np.ndarray:
         return self._open(which).encode(texts, prompt)
 
+    def encode_prompted(self, which: Which, texts: list[str], prompt: str) -> np.ndarray:
+        """Vectors of texts under any prompt."""
+        encoder = self._open(which)
+        assert isinstance(encoder, Encoder)
+        return encoder.encode_prompted(texts, prompt)
+
     def _open(self, which: Model) -> Encoder | OtherEncoder:
         if self._encoder is None or self._which != which:
             self._encoder = None  # its memory goes first
@@ -102,8 +108,22 @@ class EncoderPool:
         located = absolute_paths(self._job)
         self._actors = [
             actor_class.options(**reserved).remote(located, None if "num_gpus" in reserved else "cpu")
-            for reserved in _actor_options(num_chunks=-(-self._num_texts // CHUNK_TEXTS))
+            for reserved in actor_options(num_chunks=-(-self._num_texts // CHUNK_TEXTS))
         ]
+
+    def ready(self, progress: Progress) -> list[Any]:
+        """The actors themselves, once at least one has loaded the model; the others take calls while they still load.
+
+        Raises:
+            ModelError: the model cannot be loaded in an actor.
+        """
+        while not self._idle:
+            done, _ = ray.wait(list(self._loading), num_returns=1, timeout=NOTE_AFTER_S)
+            if not done:
+                progress.note("still loading the model, or waiting for the cluster to place its first actor")
+            for reference in done:
+                self._loaded(self._loading.pop(reference), get_or_raise(reference))
+        return list(self._actors)
 
     def encode(self, texts: Sequence[str], prompt: PromptName, progress: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(row numbers into `texts`, their vectors), chunk by chunk, in any order; chunks are of texts of like length.
@@ -158,7 +178,7 @@ def get_or_raise(reference: Any) -> Any:
         raise
 
 
-def _actor_options(num_chunks: int) -> list[dict[str, Any]]:
+def actor_options(num_chunks: int) -> list[dict[str, Any]]:
     """What each actor reserves, one entry an actor."""
     gpus = int(_free("GPU", num_chunks))
     if gpus:

@@ -14,8 +14,8 @@
       comparisons a list, one entry per pair of models, the better first:
         better, worse, measure (ndcg@k), difference (of the means), interval [low, high],
         p_value (paired sign-flip test), p_adjusted (Holm's, over the pairs of this set)
-    generation    null, or what generation.py says at its top
-    mteb          null, or what mteb_results.py says at its top
+    generation    null, or what generation_scores.py says at its top
+    mteb          null, or what mteb_scores.py says at its top
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-Bounds = tuple[float, float]
+from ullme_ray.evaluate.generation_scores import Bounds, GenerationReport
+from ullme_ray.evaluate.mteb_scores import MtebScores
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,20 @@ class EvaluationReport:
     k: int
     depth: int
     sets: tuple[SetScores, ...]
+    generation: GenerationReport | None = None
+    mteb: MtebScores | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def to_text(self) -> str:
-        """One table a set, a line per model."""
-        return "\n\n".join(_set_table(scores) for scores in self.sets)
+        """One table a set, a line per model; then one of the generation checks and one of MTEB."""
+        tables = [_set_table(scores) for scores in self.sets]
+        if self.generation is not None:
+            tables.append(_generation_table(self.generation))
+        if self.mteb is not None:
+            tables.append(_mteb_table(self.mteb))
+        return "\n\n".join(tables)
 
 
 def _set_table(scores: SetScores) -> str:
@@ -86,6 +94,32 @@ def _set_table(scores: SetScores) -> str:
         rows.append([found.model, *(f"{found.measures[name]:.4f}" for name in names), f"{low:.4f} to {high:.4f}"])
     head = f"{scores.path}: {scores.num_queries:,} queries, {scores.num_passages:,} passages"
     return "\n".join([head, *aligned(rows), *map(_sentence, scores.comparisons)])
+
+
+def _generation_table(report: GenerationReport) -> str:
+    rows = [["model", "perplexity", "95 % interval", "preference", "95 % interval", "Kendall tau", "95 % interval"]]
+    notes = []
+    for found in report.models:
+        if found.note:
+            notes.append(f"  {found.model}: not measured, for {found.note}")
+            continue
+        rows.append([found.model, *_figure(found.perplexity, found.perplexity_interval, ".2f")])
+        rows[-1] += _figure(found.preference_accuracy, found.preference_interval, ".3f")
+        rows[-1] += _figure(found.kendall_tau, found.tau_interval, ".3f")
+    head = f"generation checks on {report.path}: {report.num_rows:,} rows, {report.num_passages:,} passages"
+    return "\n".join([head, *(aligned(rows) if len(rows) > 1 else []), *notes])
+
+
+def _figure(value: float | None, bounds: Bounds | None, form: str) -> list[str]:
+    if value is None or bounds is None:
+        return ["-", "-"]
+    return [format(value, form), f"{bounds[0]:{form}} to {bounds[1]:{form}}"]
+
+
+def _mteb_table(scores: MtebScores) -> str:
+    rows = [["task", "type", "measure", "score"]]
+    rows += [[found.task, found.type, found.measure, f"{found.score:.4f}"] for found in scores.tasks]
+    return "\n".join([f"MTEB: {scores.model}, revision {scores.revision[:12]}", *aligned(rows)])
 
 
 def _sentence(found: Comparison) -> str:

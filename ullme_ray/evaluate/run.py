@@ -1,6 +1,7 @@
 """The evaluate stage: the job's model before and after training, and others beside it. Read this file first.
 
-sets.py measures retrieval on held-out sets. Every part keeps what it found, so that a run that was cut off goes on.
+sets.py measures retrieval on held-out sets, generation.py the generation pass, mteb_run.py runs tasks of MTEB. Every part keeps
+what it found, so that a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import json
 from collections.abc import Sequence
 
 from ullme_ray import storage
-from ullme_ray.evaluate.contenders import contenders, settings_of
+from ullme_ray.evaluate.contenders import contenders, newest, settings_of
+from ullme_ray.evaluate.generation import measure_generation
 from ullme_ray.evaluate.others import other_folder
 from ullme_ray.evaluate.report import EvaluationReport
 from ullme_ray.evaluate.sets import measure_sets
+from ullme_ray.pairs.strict import list_rows
 from ullme_ray.retrieval.held_out import check_held_out
 from ullme_ray.spec import JobSpec, RunFolder
 
@@ -31,6 +34,12 @@ def preflight(job: JobSpec) -> None:
             check_held_out(job, position)
     for other in spec.models:
         other_folder(job, other)
+    if spec.generation:
+        list_rows(RunFolder.of(job).resolve(spec.generation.path), "evaluate.generation.path")
+    if spec.mteb:
+        from ullme_ray.evaluate.mteb_tasks import find_tasks
+
+        find_tasks(job)
     storage.check_writable(RunFolder.of(job).evaluation)
 
 
@@ -46,7 +55,13 @@ def run_evaluate(job: JobSpec, *, models: Sequence[str] | None = None) -> Evalua
     """
     spec = settings_of(job)
     chosen = contenders(job, models)
-    report = EvaluationReport(job=job.name, k=spec.k, depth=spec.ranked, sets=measure_sets(job, chosen))
+    mteb = None
+    if spec.mteb and (models is None or newest(job) in models):
+        from ullme_ray.evaluate.mteb_run import run_mteb  # loading mteb takes seconds
+
+        mteb = run_mteb(job)
+    generation = measure_generation(job, chosen) if spec.generation else None
+    report = EvaluationReport(job.name, spec.k, spec.ranked, measure_sets(job, chosen), generation, mteb)
     path = storage.join(RunFolder.of(job).evaluation, "report.json")
     storage.write_text(path, json.dumps(report.as_dict(), indent=2) + "\n")
     return report

@@ -98,6 +98,10 @@ class Encoder:
         """(N, D) float32 unit rows, in the order of `texts`."""
         return self.embed_tokens(self.tokenizer.tokenize(texts, prompt), tokens_per_batch=tokens_per_batch)
 
+    def encode_prompted(self, texts: Sequence[str], prompt: str) -> np.ndarray:
+        """As `encode`, with a prompt that is none of the model's own."""
+        return self.embed_tokens(self.tokenizer.with_prompts(prompt, prompt).tokenize(texts, "query"))
+
     @torch.inference_mode()
     def embed_tokens(self, tokens: Tokens, *, tokens_per_batch: int | TokenBudget = 8192) -> np.ndarray:
         """(N, D) float32 unit rows in input order; inside, length-sorted batches of up to `tokens_per_batch` tokens.

@@ -39,6 +39,28 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Bounds of the 95 % interval of sum(sums) / sum(counts), such as a loss per token over queries of many lengths.
+
+    Args:
+        sums: (Q,) and counts: (Q,), one pair per query.
+    """
+    if len(sums) < 2 or np.ptp(sums / counts) == 0:
+        return float(sums.sum() / counts.sum()), float(sums.sum() / counts.sum())
+    found = stats.bootstrap(
+        (sums.astype(float), counts.astype(float)),
+        lambda s, c, axis=-1: s.sum(axis=axis) / c.sum(axis=axis),
+        n_resamples=RESAMPLES,
+        batch=max(1, _BATCH_VALUES // len(sums)),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        paired=True,
+        vectorized=True,
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
 def paired_p_value(first: np.ndarray, second: np.ndarray) -> float:
     """Two-sided p of the hypothesis that two models do equally well on the same queries.
 

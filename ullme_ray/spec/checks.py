@@ -238,10 +238,10 @@ def _mine(job: JobSpec, mine: MineSpec) -> Iterator[Contradiction]:
 
 
 def _evaluate(job: JobSpec, evaluate: EvaluateSpec) -> Iterator[Contradiction]:
-    if not evaluate.local:
+    if not (evaluate.local or evaluate.mteb or evaluate.generation):
         yield Contradiction(
             ("evaluate", "evaluate.local"),
-            "measures nothing; add local: [{path: FOLDER}]",
+            "measures nothing; add local: [{path: FOLDER}], mteb: [TASK] or generation: {path: FILE}",
         )
     for i, local in enumerate(evaluate.local):
         at = f"evaluate.local.{i}"
@@ -254,6 +254,16 @@ def _evaluate(job: JobSpec, evaluate: EvaluateSpec) -> Iterator[Contradiction]:
     for i, other in enumerate(evaluate.models):
         if not other.base:
             yield Contradiction((f"evaluate.models.{i}",), "names no model; add base: the name or folder of one")
+    for i, task in enumerate(evaluate.mteb):
+        at = f"evaluate.mteb.{i}"
+        if task.folder and (task.name or task.types):
+            yield Contradiction((f"{at}.folder", f"{at}.name"), "is one task by itself; remove name and types")
+        if bool(task.folder) != bool(task.type):
+            yield Contradiction(
+                (f"{at}.type", f"{at}.folder"), "and folder go together: a folder needs its task's type, a name has its own"
+            )
+        if not (task.folder or task.name or task.types or task.languages):
+            yield Contradiction((at,), "names no task; give a name, types, languages or a folder")
 
 
 def _chunks(job: JobSpec) -> Iterator[Contradiction]:
@@ -303,6 +313,9 @@ def _paths(job: JobSpec) -> Iterator[Contradiction]:
             paths["train.validation.path"] = job.train.validation.path
     if job.evaluate:
         paths |= {f"evaluate.local.{i}.path": local.path for i, local in enumerate(job.evaluate.local)}
+        paths |= {f"evaluate.mteb.{i}.folder": task.folder for i, task in enumerate(job.evaluate.mteb) if task.folder}
+        if job.evaluate.generation:
+            paths["evaluate.generation.path"] = job.evaluate.generation.path
     if job.embed:
         paths |= {"embed.input.path": job.embed.input.path, "embed.output.path": job.embed.output.path}
     if job.mine:

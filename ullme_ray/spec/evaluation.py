@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, PositiveInt, model_validator
 from pydantic_core import CoreSchema
 
 from ullme_ray.spec.section import Name, PromptsSpec, Section, name_or_mapping
+
+FolderType = Literal["retrieval", "sts", "pair_classification", "classification", "clustering"]
 
 
 class LocalSetSpec(Section):
@@ -45,8 +47,52 @@ class OtherModelSpec(Section):
         return name_or_mapping(handler, schema, {"type": "string"})
 
 
+class MtebSpec(Section):
+    """Some tasks of MTEB. The name alone of a task or a benchmark is enough."""
+
+    name: str | None = Field(None, description="A task or benchmark of mteb, such as NFCorpus or `MTEB(eng, v2)`.")
+    types: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Only tasks of these types, such as Retrieval or STS; without a name, of all that mteb has."
+    )
+    languages: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Only these languages, as mteb writes them (eng, deu-Latn)."
+    )
+    folder: str | None = Field(
+        None, description="Local folder in mteb's dataset layout, in place of a name; nothing is then fetched from a hub."
+    )
+    type: FolderType | None = Field(None, description="What kind of task the folder holds; needed with `folder`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return name_or_mapping(handler, schema, {"type": "string"})
+
+
+class GenerationChecksSpec(Section):
+    path: str = Field(min_length=1, description="File or glob of held-out rows {query, positive(s), negative(s)}.")
+    max_rows: PositiveInt = Field(200, description="Rows scored at most (seeded choice).")
+    max_passages: Annotated[int, Field(ge=2)] = Field(
+        8, description="Passages ranked per query: its own, then those of other rows (seeded choice) up to this many."
+    )
+
+
 class EvaluateSpec(Section):
     local: Annotated[tuple[LocalSetSpec, ...], Field(strict=False)] = Field((), description="Held-out retrieval sets.")
+    mteb: Annotated[tuple[MtebSpec, ...], Field(strict=False)] = Field(
+        (), description="MTEB tasks or benchmarks by name, or folders in mteb's dataset layout, for the job's newest model."
+    )
+    mteb_prompts: dict[str, str] = Field(
+        {},
+        description="Prompts by task for MTEB, over model.prompts: {NFCorpus-query: text, STS: text}; the name or type of a "
+        "task, alone or with -query or -document.",
+    )
+    generation: GenerationChecksSpec | None = Field(
+        None, description="Perplexity and preference of the generation pass, and whether it ranks passages as the vectors do."
+    )
     models: Annotated[tuple[OtherModelSpec, ...], Field(strict=False)] = Field(
         (), description="sentence-transformers models measured on the same sets."
     )

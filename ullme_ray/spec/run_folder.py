@@ -93,6 +93,9 @@ def absolute_paths(job: JobSpec) -> JobSpec:
     for local_set in evaluate.get("local", ()):
         replace(local_set, "path")
         local_set["corpus"] = [path if path.startswith("run:") else _absolute(path) for path in local_set["corpus"]]
+    replace(evaluate.get("generation"), "path")
+    for task in evaluate.get("mteb", ()):
+        replace(task, "folder")
     for other in evaluate.get("models", ()):
         if os.path.isdir(os.path.expanduser(other["base"])):
             replace(other, "base")
