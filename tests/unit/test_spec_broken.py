@@ -160,6 +160,25 @@ BROKEN = {
         6,
         ("train.negatives_per_query = 0",),
     ),
+    "an evaluation of nothing": Broken(HEAD + "evaluate: {bm25: true}\n", 3, ("measures nothing; add local",)),
+    "queries over a table that the job does not make": Broken(
+        HEAD + "evaluate:\n  local: [{path: a, table: true}]\n",
+        4,
+        ("searches the embeddings table of this job; add an embed section",),
+    ),
+    "a model without a name": Broken(HEAD + "evaluate:\n  local: [{path: a}]\n  models: [{}]\n", 5, ("names no model",)),
+    "a task folder without its type": Broken(
+        HEAD + "evaluate:\n  mteb: [{folder: tasks/faq}]\n", 4, ("a folder needs its task's type",)
+    ),
+    "a task folder with a name": Broken(
+        HEAD + "evaluate:\n  mteb: [{folder: a, type: sts, name: STS12}]\n",
+        4,
+        ("is one task by itself; remove name and types",),
+    ),
+    "a task without anything": Broken(HEAD + "evaluate:\n  mteb: [{}]\n", 4, ("names no task",)),
+    "an index nobody makes": Broken(
+        SERVE.replace("serve:", "serve: {}") + "search: {index: hnsw}\n", 4, ("exact", "bits", "faiss")
+    ),
     "a margin that leaves the miner nothing": Broken(
         TRAIN + "  objective: {preset: genc, negative_margin: 0.2}\n",
         5,
