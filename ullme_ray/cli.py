@@ -280,6 +280,24 @@ def search(
 
 
 @app.command()
+def report(
+    path: JobFile,
+    overrides: Overrides = None,
+    queries: Annotated[
+        int, typer.Option("--queries", min=0, help="Held-out queries to encode for the similarities; 0 loads no model.")
+    ] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Draw what the run's folder holds as one page: training, retrieval, similarities, corpus, embedding, serving."""
+    with _exit_codes(as_json=as_json):
+        job = _open_job(path, overrides)
+        from ullme_ray.report.page import write_report
+
+        found = write_report(job, num_queries=queries)
+        _print_result(found, found.to_text(), as_json)
+
+
+@app.command()
 def export(
     path: JobFile,
     to: Annotated[str, typer.Option("--to", help="The store: lance, faiss, qdrant or pgvector.")],

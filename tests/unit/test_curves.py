@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ullme_ray.report.curves import draw_html, draw_png, panels_of, running_mean, write_curves
 from ullme_ray.spec import JobSpec
-from ullme_ray.train.curves import draw_html, draw_png, panels_of, running_mean, write_curves
 from ullme_ray.train.mailbox import shown_figures
 
 

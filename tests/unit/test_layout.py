@@ -19,7 +19,7 @@ LAYERS = [
     {"reach"},
     {"spec", "storage", "store_probes"},
     {"logs", "telemetry"},
-    {"losses", "pairs", "model", "retrieval", "sample_data", "progress", "table", "row_files", "vectors", "ray_data"},
+    {"losses", "pairs", "model", "retrieval", "report", "sample_data", "progress", "table", "row_files", "vectors", "ray_data"},
     STAGES | {"vector_stores"},
     {"runtime", "plan", "parity", "ledger", "run"},
     {"deploy"},

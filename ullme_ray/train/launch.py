@@ -14,10 +14,10 @@ from ullme_ray.errors import CollectiveError, StorageError, UllmeError
 from ullme_ray.model import check_base, ensure_base, open_tokenizer
 from ullme_ray.pairs import check_sources
 from ullme_ray.progress import Progress
+from ullme_ray.report.curves import write_curves
 from ullme_ray.spec import JobSpec, RunFolder, parse_job
 from ullme_ray.train.checkpoint import check_resumable, list_checkpoints
 from ullme_ray.train.collectives import is_collective_error, limit_of_later_groups, world
-from ullme_ray.train.curves import write_curves
 from ullme_ray.train.lock import RunLock
 from ullme_ray.train.mailbox import SETTLE_S, SignsOfLife, Watcher, open_mailbox, read_signs, who_did_not_answer
 from ullme_ray.train.ranks import run_ranks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import shutil
@@ -15,6 +14,7 @@ import torch
 from tensorboardX import SummaryWriter
 
 from ullme_ray import storage
+from ullme_ray.report.curves import step_of
 
 
 def speed(num_parameters: int, encode_tokens: int, generate_tokens: int, *, seconds: float, peak: float) -> dict[str, float]:
@@ -41,28 +41,13 @@ def step_flops(num_parameters: int, encode_tokens: int, generate_tokens: int) ->
     return 3 * 2 * num_parameters * (encode_tokens + generate_tokens)
 
 
-def _step_of(line: str) -> float:
-    """The step a line of train.jsonl is about; for a line that a crash cut off, after all steps, so that it is dropped."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-
-
-def read_records(folder: str) -> list[dict[str, Any]]:
-    """The records of a metrics folder in the order of their steps; lines that a crash cut off are left out."""
-    path = storage.join(folder, "train.jsonl")
-    lines = storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else []
-    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
-
-
 class MetricsLog:
     """`train.jsonl` and TensorBoard events in the run's metrics folder. On resume, records after the checkpoint are dropped."""
 
     def __init__(self, folder: str, *, steps_done: int) -> None:
         self.folder = folder
         self.path = storage.join(folder, "train.jsonl")
-        self.lines = [line for line in self._existing() if steps_done and _step_of(line) <= steps_done]
+        self.lines = [line for line in self._existing() if steps_done and step_of(line) <= steps_done]
         remote = storage.is_remote(folder)
         self._events = tempfile.mkdtemp(prefix="ullme-tensorboard-") if remote else os.path.join(folder, "tensorboard")
         if not remote:

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from ullme_ray import storage
 from ullme_ray.errors import TrainingError
+from ullme_ray.report.curves import read_records
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
 from ullme_ray.train.checkpoint import training_settings
-from ullme_ray.train.metrics import read_records
 
 _PROJECT = "ullme-ray"  # where the client's own variables name no project or experiment
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # the full mlflow of today asks for an older pyarrow than we do
