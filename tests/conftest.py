@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads on tiny tensors only wait for one another
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside a second process that runs tests
 
 from collections.abc import Iterator
 from pathlib import Path
