@@ -12,15 +12,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import ray
 import uvicorn
 from fastapi import FastAPI
+from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.handle import DeploymentHandle
 
+from ullme_ray.serve import access
 from ullme_ray.serve.app import create_api
 from ullme_ray.serve.backend import ReplicaBackend, Target
 from ullme_ray.serve.embedder import SWITCH_INTERVAL_S
@@ -98,6 +103,8 @@ def make_api(
     settings: ServeSpec, targets: Sequence[tuple[Sequence[str], bool]], replicas: Sequence[DeploymentHandle[Any]]
 ) -> FastAPI:
     """The routes over the deployments: for each the names it serves and whether it scales to zero, and its handle."""
+    if settings.access_log and ray.is_initialized():
+        access.log_to(Path(get_serve_logs_dir()), os.getpid())
     found = [Target(names, handle, may_sleep) for (names, may_sleep), handle in zip(targets, replicas, strict=True)]
     return create_api(found[0].names[0], settings, ReplicaBackend(found))
 
