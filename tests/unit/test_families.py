@@ -50,7 +50,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "nemotron": (_COMMON | _KV, "eager"),
     "falcon": (_COMMON, "ignores is_causal=False"),
     "bloom": (_COMMON | {"n_head": 4, "n_layer": 2}, "ignores is_causal=False"),
-    "gptj": (_GPT2 | {"rotary_dim": 4}, "ignores is_causal=False"),
+    "gptj": (_GPT2 | {"rotary_dim": 4}, "sdpa"),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB}, "ignores is_causal=False"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetJsonSchemaHandler, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, GetJsonSchemaHandler, PositiveInt, model_validator
 from pydantic_core import CoreSchema
 
 from ullme_ray.spec.section import Name, PromptsSpec, Section, name_or_mapping
@@ -80,13 +80,21 @@ class GenerationChecksSpec(Section):
     )
 
 
+class FrozenTexts(dict[str, str]):
+    """Texts by name. Never changed once read, so a job can be a key of a cache, as it can with all its other values."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 class EvaluateSpec(Section):
     local: Annotated[tuple[LocalSetSpec, ...], Field(strict=False)] = Field((), description="Held-out retrieval sets.")
     mteb: Annotated[tuple[MtebSpec, ...], Field(strict=False)] = Field(
         (), description="MTEB tasks or benchmarks by name, or folders in mteb's dataset layout, for the job's newest model."
     )
-    mteb_prompts: dict[str, str] = Field(
+    mteb_prompts: Annotated[dict[str, str], AfterValidator(FrozenTexts)] = Field(
         {},
+        validate_default=True,
         description="Prompts by task for MTEB, over model.prompts: {NFCorpus-query: text, STS: text}; the name or type of a "
         "task, alone or with -query or -document.",
     )
