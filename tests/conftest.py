@@ -1,4 +1,7 @@
-"""Fixtures shared by all tests: a tiny real decoder, made on the spot, and a real S3 server (SeaweedFS), started once."""
+"""Fixtures shared by all tests, each made once: a tiny real decoder, a real S3 server (SeaweedFS), a real Ray on this machine.
+
+`ray_local` asks for `s3` first, since Ray's workers inherit the environment that Ray was started with.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads on tiny tensors only wait for one another
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside a second process that runs tests
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +50,19 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield server
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3: S3Server) -> Iterator[None]:
+    """A local Ray with 4 logical CPUs, whatever the machine has; never joins a cluster that happens to run here."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=256 * 2**20,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+    )
+    yield
+    ray.shutdown()
