@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from ullme_ray.serve.limits import RETRY_AFTER_S, overloaded, too_late
 from ullme_ray.serve.schemas import (
     ApiError,
     DecodeCall,
@@ -38,7 +39,6 @@ REQUEST_TIMEOUT_S = 600.0
 DESCRIBE_TIMEOUT_S = 5.0
 FRESH_S = 1.0  # how old a description may be before it is asked for again, behind the answer
 QUEUE_FRESH_S = 5.0  # how long what a replica said of its queue is believed
-RETRY_AFTER_S = 1
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class ReplicaBackend:
                             raise
                         await asyncio.sleep(RETRY_WAIT_S * attempt)
         except TimeoutError:
-            raise too_late(timeout_s) from None
+            raise too_late() from None
         except BackPressureError:
             raise overloaded() from None
         except (RayActorError, AioRpcError, DeploymentUnavailableError):
@@ -167,23 +167,3 @@ class ReplicaBackend:
 
 def unavailable(message: str) -> ApiError:
     return ApiError(503, message, kind="server_error", code="unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
-
-
-def too_late(timeout_s: float) -> ApiError:
-    return ApiError(
-        503,
-        f"no model replica answered within {timeout_s:g} s",
-        kind="server_error",
-        code="deadline_exceeded",
-        headers={"retry-after": str(RETRY_AFTER_S)},
-    )
-
-
-def overloaded() -> ApiError:
-    return ApiError(
-        429,
-        "the server has as many requests as it can queue; try again later",
-        kind="rate_limit_error",
-        code="rate_limit_exceeded",
-        headers={"retry-after": str(RETRY_AFTER_S)},
-    )
