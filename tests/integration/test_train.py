@@ -148,7 +148,7 @@ def test_lora_in_bfloat16_under_zero_3_trains_and_exports(
     )
 
 
-def wait_for_step(metrics: Path, step: int, timeout_s: float = 120) -> None:
+def wait_for_step(metrics: Path, step: int, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
