@@ -2,10 +2,10 @@
 
     python tests/smollm2.py FOLDER && python tests/bench/quality.py FOLDER --pairs PAIRS
 
-Trains a pretrained decoder on real pairs for a few steps and measures nDCG@10 on held-out queries, which are
-the same for every run. PAIRS holds `NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows (README says
-where such come from); hard negatives are BM25's best passages that are not the query's own. A run that is done stands as a line
-in results.jsonl and is not done again; all seeds of a few lines come before the next lines. `--gpu` uses this machine's GPU.
+Trains a pretrained decoder on real pairs for a few steps and measures nDCG@10 on held-out queries, which are the same
+for every run. PAIRS holds `NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows; hard negatives
+are BM25's best passages that are not the query's own. A run that is done stands as a line in results.jsonl and is not
+done again; all seeds of a few lines come before the next lines. `--gpu` uses this machine's GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What only a GPU can show: attention without padding in bfloat16, memory that runs out, ZeRO on CUDA, QLoRA.
 
-`pytest tests/gpu` on a machine with one GPU; about two minutes. Without one every test here is skipped.
+`pytest tests/gpu` on a machine with one GPU. Without one every test here is skipped.
 """
 
 from __future__ import annotations
