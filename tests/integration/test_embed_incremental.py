@@ -127,31 +127,28 @@ def swap_texts_unseen(folder: Path) -> Callable[[], None]:
     return lambda: write(swap=False)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_whatever_changes_a_vector_embeds_all_again(tmp_path: Path, tiny_base: str) -> None:
+    """One change after another, each beside those before it."""
+    write_files(tmp_path, make_rows(20), 1, "a")
+    run_embed(make_job(tmp_path, tiny_base))
+    changes: list[dict[str, Any]] = [
         {"model__prompts": {"passage": "a key "}},
         {"model__pooling": "lasttoken"},
         {"model__max_tokens": 16},
-        {"embed__output": {"dims": 16}},
-        {"embed__output": {"dtype": "int8"}},
+        {"model__base": with_one_other_weight(tiny_base, tmp_path / "other")},
         {"input__chunks": {"tokens": 8, "overlap": 2}},
-        {"model__base": "other weights"},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_whatever_changes_a_vector_embeds_all_again(tmp_path: Path, tiny_base: str, change: dict[str, Any]) -> None:
-    rows = make_rows(20)
-    write_files(tmp_path, rows, 1, "a")
-    run_embed(make_job(tmp_path, tiny_base))
-    if "model__base" in change:
-        change = {"model__base": with_one_other_weight(tiny_base, tmp_path / "other")}
-    other = make_job(tmp_path, tiny_base, **change)
-    report = run_embed(other)
-    assert (report.rows_embedded, report.rows_copied, report.rows_reused) == (20, 0, 0)
-    assert report.tokens == int(pa.compute.sum(open_table(report.table).to_pyarrow_table()["num_tokens"]).as_py())
-    assert report.files_changed == 1
-    assert verify_table(other, num_rows=10).lowest_cosine > 0.99999
+        {"embed__output": {"dims": 16}},
+        {"embed__output": {"dims": 16, "dtype": "int8"}},
+    ]
+    settings: dict[str, Any] = {}
+    for change in changes:
+        settings |= change
+        job = make_job(tmp_path, tiny_base, **settings)
+        report = run_embed(job)
+        assert (report.rows_embedded, report.rows_copied, report.rows_reused) == (20, 0, 0), change
+        assert report.tokens == int(pa.compute.sum(open_table(report.table).to_pyarrow_table()["num_tokens"]).as_py())
+        assert report.files_changed == 1
+        assert verify_table(job, num_rows=10).lowest_cosine > 0.99999, change
 
 
 def with_one_other_weight(base: str, folder: Path) -> str:

@@ -168,9 +168,9 @@ def ranks_below(process: psutil.Process) -> list[psutil.Process]:
 
 
 def test_killed_thrice_once_with_another_number_of_ranks_ends_as_if_unbroken(pairs_file: str, tmp_path: Path) -> None:
-    """60 steps: a rank dies, the driver dies, one rank goes on instead of two, all is killed with it, and two ranks end."""
+    """32 steps: a rank dies, the driver dies, one rank goes on instead of two, all is killed with it, and two ranks end."""
     slow: dict[str, Any] = {"scratch": {"hidden_size": 128, "layers": 6, "heads": 4, "vocab_size": 300}}  # to be hit in mid-run
-    settings = {"max_steps": 60, "checkpoint_every_steps": 5, "chunk_size": 1}
+    settings = {"max_steps": 32, "checkpoint_every_steps": 3, "chunk_size": 1}
     whole = make_job("whole", tmp_path, pairs_file, model=slow, **settings)
     job = make_job("killed", tmp_path, pairs_file, model=slow, **settings)
     instants = random.Random(7)
@@ -210,23 +210,23 @@ def test_killed_thrice_once_with_another_number_of_ranks_ends_as_if_unbroken(pai
     assert unbroken.wait() == 0, told.read_text()[-3000:]
 
     driver = start(job)
-    wait_for_step(metrics, instants.randrange(6, 14))
-    before = metrics.read_text().splitlines()[:5]
+    wait_for_step(metrics, instants.randrange(4, 8))
+    before = metrics.read_text().splitlines()[:3]
     instants.choice(ranks_below(psutil.Process(driver.pid))).kill()  # survived by train.max_failures
-    wait_for_step(metrics, instants.randrange(20, 28))
-    assert metrics.read_text().splitlines()[:5] == before, "records hold times: the checkpoint's steps must not be done again"
+    wait_for_step(metrics, instants.randrange(11, 15))
+    assert metrics.read_text().splitlines()[:3] == before, "records hold times: the checkpoint's steps must not be done again"
     kill_driver(driver)
-    assert len(metrics.read_text().splitlines()) < 36, "it must die in mid-run for this test to mean anything"
+    assert len(metrics.read_text().splitlines()) < 19, "it must die in mid-run for this test to mean anything"
 
     driver = start(job, "train.workers.num_workers=1")
-    wait_for_step(metrics, instants.randrange(36, 46))
+    wait_for_step(metrics, instants.randrange(19, 25))
     kill_all_of(driver)
-    assert len(metrics.read_text().splitlines()) < 60, "it must die in mid-run for this test to mean anything"
+    assert len(metrics.read_text().splitlines()) < 32, "it must die in mid-run for this test to mean anything"
 
     driver = start(job)
     assert driver.wait() == 0, told.read_text()[-3000:]
     assert "resumes after step" in told.read_text()
-    assert len(losses(job, tmp_path)) == 60  # each step once
+    assert len(losses(job, tmp_path)) == 32  # each step once
     assert_same_losses(losses(whole, tmp_path), losses(job, tmp_path))
     ours, theirs = (open_checkpoint_weights(j) for j in (job, whole))
     assert ours.keys() == theirs.keys()
