@@ -103,8 +103,8 @@ def test_run_learns_exports_and_does_nothing_twice(unbroken: tuple[JobSpec, Path
     assert run_train(job).already_done
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_every_zero_stage_gives_the_same_losses(
+@pytest.mark.parametrize("stage", [0, 3])  # 1 is the unbroken one; gradients of all four: test_zero_gradients.py
+def test_other_zero_stages_give_the_same_losses(
     unbroken: tuple[JobSpec, Path], pairs_file: str, tmp_path: Path, stage: int
 ) -> None:
     job = make_job("unbroken", tmp_path, pairs_file, deepspeed={"zero_stage": stage})
@@ -138,7 +138,7 @@ def test_lora_in_bfloat16_under_zero_3_trains_and_exports(
     lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
     for stage in (1, 3):
         model = {"base": tiny_base, "lora": lora, "dtype": "bfloat16"}
-        job = make_job(f"lora-{stage}", tmp_path, pairs_file, model=model, deepspeed={"zero_stage": stage}, max_steps=4)
+        job = make_job(f"lora-{stage}", tmp_path, pairs_file, model=model, deepspeed={"zero_stage": stage}, max_steps=2)
         run_train(job)
         assert (tmp_path / job.name / "adapter" / "adapter_model.safetensors").is_file()
         before, after = open_encoder(job, which="base").encode(WORDS), open_encoder(job).encode(WORDS)
