@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from ruamel.yaml import YAML
 
-from ullme_ray.cli import _schema
+from ullme_ray.cli.files import job_schema
 from ullme_ray.errors import JobFileError, UllmeError
 from ullme_ray.spec import JobSpec, RunFolder, absolute_paths, load_job, parse_job
 from ullme_ray.spec.presets import PRESETS
@@ -261,7 +261,7 @@ def plain(path: Path) -> Any:
 
 
 def test_json_schema_is_valid_and_accepts_the_repository_s_jobs() -> None:
-    schema = _schema()
+    schema = job_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert len(JOB_FILES) >= 3
@@ -275,7 +275,7 @@ def test_json_schema_is_valid_and_accepts_the_repository_s_jobs() -> None:
 )
 def test_json_schema_takes_an_objective_by_name_or_as_a_mapping(objective: Any, good: bool) -> None:
     job = {"name": "a", "model": {"base": "x"}, "train": {"data": [{"path": "x"}], "objective": objective}}
-    assert jsonschema.Draft202012Validator(_schema()).is_valid(job) is good
+    assert jsonschema.Draft202012Validator(job_schema()).is_valid(job) is good
 
 
 @pytest.mark.parametrize(
@@ -284,14 +284,14 @@ def test_json_schema_takes_an_objective_by_name_or_as_a_mapping(objective: Any, 
 )
 def test_json_schema_refuses_what_check_refuses(change: dict[str, Any]) -> None:
     job = {"name": "a", "model": {"base": "x"}, "serve": {}}
-    validator = jsonschema.Draft202012Validator(_schema())
+    validator = jsonschema.Draft202012Validator(job_schema())
     assert validator.is_valid(job)
     assert not validator.is_valid(job | change)
 
 
 def test_every_field_has_a_description() -> None:
     """Editors show them, and error messages quote them."""
-    schema = _schema()
+    schema = job_schema()
     sections = {"JobSpec": schema, **schema["$defs"]}
     for name in ("ObjectiveSpec", "EncoderSpec", "OtherModelSpec", "MtebSpec"):  # for which a name alone may stand
         sections[name] = sections[name]["anyOf"][1]
