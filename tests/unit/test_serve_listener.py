@@ -67,6 +67,8 @@ def test_the_second_listener_takes_over_and_running_requests_are_finished() -> N
             while first_replicas.calls[-1][0] != "embed" or len(first_replicas.calls) < 7:
                 await asyncio.sleep(0.01)
             ending = asyncio.create_task(end(first))
+            while any(server.is_serving() for server in first._server.servers):  # or it would answer the next request too
+                await asyncio.sleep(0.01)
             async with httpx.AsyncClient(base_url=client.base_url, trust_env=False, timeout=20) as other:
                 await until_up(other)
                 assert (await other.post("/v1/embeddings", json={"input": "x", "model": "m"})).status_code == 200
