@@ -11,6 +11,7 @@ from typing import Any
 
 METRICS: dict[str, tuple[str, str, str]] = {  # name: (kind, what it tells, the field of a training record)
     "ullme_train_step": ("gauge", "Optimizer steps done.", "step"),
+    "ullme_train_steps_left": ("gauge", "Optimizer steps that the run still has to do; 0 once it is at its end.", ""),
     "ullme_train_loss": ("gauge", "Loss of the last logged step.", "loss"),
     "ullme_train_grad_norm": ("gauge", "Global gradient norm of the last logged step.", "grad_norm"),
     "ullme_train_learning_rate": ("gauge", "Learning rate of the last logged step.", "learning_rate"),

@@ -13,7 +13,7 @@ from ullme_ray.telemetry import METRICS
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cluster" / "monitoring"
 _KNOWN_BY_OTHERS = {"kube_job_status_failed"}  # of kube-state-metrics
-_FUNCTIONS = {"rate", "increase", "changes", "sum", "by", "on", "unless", "histogram_quantile"}
+_FUNCTIONS = {"rate", "increase", "changes", "sum", "by", "and", "histogram_quantile"}
 _LABELS = {"job", "fate", "pod", "err", "le"}
 _SERVE = (ROOT / "ullme_ray" / "serve" / "metrics.py").read_text(encoding="utf-8")
 

@@ -174,6 +174,7 @@ def _embed_missing(run: _Run, *, show: bool) -> None:
         if plan.done:
             bar.note(f"{len(plan.done):,} units are done already, {len(plan.missing):,} are left")
         bar.update(rows)
+        telemetry.gauge("ullme_embed_units_left", len(plan.missing), run.context.job.name)
         for outcome in run_units(plan.missing, run.context):
             now = time.monotonic()
             run.outcomes.append(outcome)

@@ -145,7 +145,8 @@ class Watcher:
     """A thread that moves records from the mailbox to the progress bar and the trackers while training runs."""
 
     def __init__(self, job: JobSpec, mailbox: Any, bar: Progress, trackers: Trackers) -> None:
-        self.job_name = job.name
+        assert job.train is not None
+        self.job_name, self.max_steps = job.name, job.train.max_steps
         self.mailbox = mailbox
         self.bar = bar
         self.trackers = trackers
@@ -154,12 +155,14 @@ class Watcher:
         self._thread = threading.Thread(target=self._watch, name="train-progress", daemon=True)
 
     def __enter__(self) -> Watcher:
+        self._tell_steps_left(self.max_steps)  # before the first step, which ranks without room never make
         self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._tell_steps_left(0)  # for this process may go on for hours with the next stage
 
     def _watch(self) -> None:
         while True:
@@ -172,8 +175,12 @@ class Watcher:
                 self.bar.update(record["step"], **shown_figures(self.last))
                 self.trackers.write(record)
                 telemetry.train_record(self.job_name, record)
+                self._tell_steps_left(self.max_steps - record["step"])
             if stopping:
                 return
+
+    def _tell_steps_left(self, steps: int) -> None:
+        telemetry.gauge("ullme_train_steps_left", steps, self.job_name)
 
 
 _SHORT = {"contrastive_loss": "con", "generation_loss": "gen", "alignment_loss": "align"}
