@@ -1,18 +1,23 @@
-"""Training rows from a real S3 server: the same as from disk, and the store's troubles told apart from broken files."""
+"""Training on a real S3 server: rows the same as from disk, its troubles told apart from broken files, one driver per run."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ullme_ray import storage
-from ullme_ray.errors import DataError, StorageError
+from ullme_ray.errors import DataError, StorageError, TrainingError
 from ullme_ray.pairs import Pair, check_sources, data_fingerprint, read_sources
 from ullme_ray.spec import JobSpec
+from ullme_ray.store_probes import put_if_absent
+from ullme_ray.train.lock import RunLock
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +79,42 @@ def test_broken_and_missing_objects(s3: Any, tmp_path: Path) -> None:
     storage.remove(f"{bucket}/cut.jsonl.gz")
     with pytest.raises(StorageError, match="vanished since it was listed"):
         storage.get_file(listed, str(tmp_path / "copy"))
+
+
+HOLD = """
+import sys, time
+from ullme_ray.spec import parse_job
+from ullme_ray.train.lock import RunLock
+with RunLock(parse_job(sys.argv[1].encode()), print, beat_s=0.2):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+def test_one_driver_at_a_time_trains_in_a_run_folder_on_s3(s3: Any) -> None:
+    """Of drivers that start at once one gets the lock; a second is refused while the first lives, not once it was killed."""
+    bucket = s3.bucket("locks")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: put_if_absent(f"{bucket}/race", str(number).encode()), range(8)))
+    assert won.count(True) == 1
+    assert storage.read_text(f"{bucket}/race") == str(won.index(True))
+    job = make_job(bucket, "x.jsonl")
+    text = json.dumps(job.model_dump(mode="json", exclude_unset=True))
+    first = subprocess.Popen([sys.executable, "-c", HOLD, text], stdout=subprocess.PIPE)
+    notes: list[str] = []
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(TrainingError, match=f"process {first.pid}.*wait for its end"),
+            RunLock(job, notes.append, silent_s=20.0),
+        ):
+            pass
+        assert "may be training here" in notes.pop()
+    finally:
+        first.kill()
+        first.wait()
+    with RunLock(job, notes.append, silent_s=600.0):
+        assert storage.exists(f"{bucket}/runs/t/train.lock")
+    assert notes == []  # seen to be dead, so nothing was waited for
+    assert not storage.exists(f"{bucket}/runs/t/train.lock")
