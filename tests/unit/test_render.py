@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import typer
+from jsonschema import ValidationError
 from manifests import complaints, read
+from ruamel.yaml import YAML
 
 from ullme_ray.cli import app
 from ullme_ray.deploy import render_job, write_manifests
@@ -334,3 +336,12 @@ def test_the_commands_of_the_cluster_readme_exist() -> None:
 
 def test_rules_say_nothing_about_other_kinds() -> None:
     assert broken_rules({"kind": "ConfigMap", "metadata": {"name": "7" * 60}}) == []
+
+
+def test_the_cluster_file_without_kubernetes_is_valid_for_ray() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    settings = YAML(typ="safe").load((ROOT / "cluster" / "ray-up.yaml").read_text())
+    validate_config(prepare_config(dict(settings)))
+    with pytest.raises(ValidationError, match="setup_command"):
+        validate_config(prepare_config({**settings, "setup_command": []}))
