@@ -133,7 +133,7 @@ def _serving_cluster(job: JobSpec, job_text: str) -> Manifest:
 
     cluster = ray_cluster(job, ("serve",), job_text)
     pods = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
-    for pod in pods:  # what start_server gives to Serve's proxy, which here takes it from its pod
+    for pod in pods:  # Serve's own proxy stands before the ingress here; start_server has none
         pod["spec"]["containers"][0]["env"] += [{"name": name, "value": value} for name, value in CALLBACK.items()]
     return cluster
 

@@ -1,7 +1,8 @@
 """Runs inside Ray Serve's HTTP proxy, before Serve reads a request: keeps clients away from Serve's own control headers.
 
-Without it a request could switch off its own cancellation, set its own timeout (answered with 408 in plain text), or get a 500
-for a header that is not UTF-8.
+Only a RayService has that proxy (`deploy/rayobjects.py` sets this up there); `start_server` listens without it. Without this, a
+request could switch off its own cancellation, set its own timeout (answered with 408 in plain text), or get a 500 for a header
+that is not UTF-8.
 """
 
 from __future__ import annotations
