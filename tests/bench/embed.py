@@ -17,80 +17,30 @@ Cost: as long as --minutes says, and a minute or two to start; --tokens sets the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import statistics
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2
 sys.path.insert(0, str(Path(__file__).parent))
-from embed_sides import CONTESTANTS, ST_DEFAULT, Bare, Contestant, Ours, Run, Setting
+from embed_sides import CONTESTANTS, ST_DEFAULT, Run, Setting
+from side_process import SideProcess, side_processes
 from train_step import machine, markdown
 
 SETS = ("short", "long", "mixed")
 # Of the mean over texts: sentence-transformers also pools in the model's type, which one short text may feel.
 _MIN_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
-
-
-def _serve(kind: type[Contestant], setting: Setting, connection: Any) -> None:
-    """A side's process: answers each call with what came of it, errors with their text, until None comes."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    torch.set_num_threads(setting.threads)
-    try:
-        contestant = kind(setting)
-        connection.send(contestant.num_parameters)
-        while (call := connection.recv()) is not None:
-            name, arguments = call
-            connection.send(getattr(contestant, name)(*arguments))
-        contestant.close()
-    except EOFError:  # the asking process ended
-        pass
-    except BaseException:  # noqa: BLE001 - told in the asking process, which stops
-        connection.send(traceback.format_exc())
-
-
-class SideProcess:
-    """A contestant in a process of its own."""
-
-    def __init__(self, kind: type[Contestant], setting: Setting) -> None:
-        self.kind = kind
-        context = mp.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(kind, setting, other))  # no daemon: it may have processes
-        self._process.start()
-        other.close()
-        self.num_parameters: int = self.answer()
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        self._connection.send((name, arguments))
-        return self.answer()
-
-    def answer(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            raise RuntimeError(f"the process of {self.kind.__name__} died; look at its output above (memory?)") from None
-        if isinstance(answer, str):
-            raise RuntimeError(f"{self.kind.__name__}:\n{answer}")
-        return answer
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._connection.send(None)
-        self._process.join(60)
-        self._process.kill()
 
 
 def make_texts(corpus: Sequence[str], name: str, num_tokens: int, tokenizer: Any, *, max_tokens: int) -> list[str]:
@@ -113,17 +63,16 @@ def make_texts(corpus: Sequence[str], name: str, num_tokens: int, tokenizer: Any
 
 
 def contest(
-    processes: Sequence[SideProcess], texts: list[str], *, rounds: int, min_cosine: float
+    processes: dict[str, SideProcess], texts: list[str], *, rounds: int, min_cosine: float
 ) -> tuple[dict[str, list[Run]], int]:
     """Runs of every side by name, and the tokens of the set. All variants meet once; then the best of each side goes on."""
-    sides = [(process, variant) for process in processes for variant in process.kind.variants]
-    bare = next(process for process in processes if process.kind is Bare)
-    ids = bare.call("tokenize", texts)
+    sides = [(name, variant) for name in processes for variant in CONTESTANTS[name].variants]
+    ids = processes["bare"].call("tokenize", texts)
     runs: dict[str, list[Run]] = {}
     wanted: np.ndarray | None = None
     for number in range(rounds + 1):
-        for process, variant in sides if number % 2 else reversed(sides):
-            run, vectors = process.call("timed", variant, texts, ids)
+        for name, variant in sides if number % 2 else reversed(sides):
+            run, vectors = processes[name].call("timed", variant, texts, ids)
             print(f"  round {number}, {variant}: {run.seconds:.2f} s, CPU {run.cpu_s:.2f} s {run.note}", file=sys.stderr)
             wanted = vectors if wanted is None else wanted
             cosine = float((vectors * wanted).sum(axis=1).mean())
@@ -131,10 +80,10 @@ def contest(
             runs.setdefault(variant, []).append(run)
         if number == 0:  # chooses: the fastest of each kind; it also warmed all up, and is not counted
             best = {}
-            for process, variant in sides:
-                key = variant if process.kind is Ours or variant == ST_DEFAULT else process.kind.__name__
+            for name, variant in sides:
+                key = variant if name == "ours" or variant == ST_DEFAULT else name
                 if key not in best or _cost(runs[variant][0]) < _cost(runs[best[key][1]][0]):
-                    best[key] = (process, variant)
+                    best[key] = (name, variant)
             tuned = {side[1]: side for side in best.values()}
             sides, runs = list(tuned.values()), {}
     return runs, sum(len(row) for row in ids)
@@ -171,13 +120,12 @@ def table(title: str, runs: dict[str, list[Run]], tokens: int, *, flop_per_token
     return markdown(title, cells)
 
 
-def tokens_for(minutes: float, processes: Sequence[SideProcess], texts: list[str], *, num_sets: int, rounds: int) -> int:
+def tokens_for(minutes: float, processes: dict[str, SideProcess], texts: list[str], *, num_sets: int, rounds: int) -> int:
     """Tokens of a set that let the whole contest take about so long, by how fast our side embeds these texts."""
-    ours, bare = (next(process for process in processes if process.kind is kind) for kind in (Ours, Bare))
-    ids = bare.call("tokenize", texts)
-    run = min((ours.call("timed", "ours", texts, ids)[0] for _ in range(3)), key=lambda run: run.seconds)
+    ids = processes["bare"].call("tokenize", texts)
+    run = min((processes["ours"].call("timed", "ours", texts, ids)[0] for _ in range(3)), key=lambda run: run.seconds)
     rate = sum(len(row) for row in ids) / run.seconds
-    variants = sum(len(process.kind.variants) for process in processes)
+    variants = sum(len(CONTESTANTS[name].variants) for name in processes)
     work = 2.0 * variants + 1.5 * rounds * (len(processes) + 3)  # in runs of our side; of some kinds two variants go on
     return round(60.0 * minutes * rate / work / num_sets)
 
@@ -254,10 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{machine()}; {args.threads} threads; {name}, {args.dtype}; peak {peak / 1e12:.2f} TFLOP/s; {args.rounds} rounds\n"
         )
         figures: dict[str, Any] = {"machine": machine(), "setting": asdict(setting), "peak": peak, "sets": {}}
-        processes: list[SideProcess] = []
-        try:
-            kinds = [kind for side, kind in CONTESTANTS.items() if side in {"ours", "bare", *args.sides}]
-            processes += [SideProcess(kind, setting) for kind in kinds]
+        wanted = {name: partial(kind, setting) for name, kind in CONTESTANTS.items() if name in {"ours", "bare", *args.sides}}
+        with side_processes(wanted, threads=args.threads) as processes:
+            for process in processes.values():
+                process.call("settle")
+            flop = 2 * processes["bare"].call("parameters")
             probe = make_texts(
                 corpus, "mixed", 200_000 if device.type == "cuda" else 1_500, tokenizer, max_tokens=args.max_tokens
             )
@@ -265,13 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for which in args.only:
                 texts = make_texts(corpus, which, size, tokenizer, max_tokens=args.max_tokens)
                 runs, tokens = contest(processes, texts, rounds=args.rounds, min_cosine=_MIN_COSINE[args.dtype])
-                flop = 2 * processes[0].num_parameters
                 title = f"{which}: {len(texts)} texts, {tokens / len(texts):.0f} tokens each"
                 print(table(title, runs, tokens, flop_per_token=flop, peak=peak), flush=True)
                 figures["sets"][which] = {"tokens": tokens, "runs": {s: [r._asdict() for r in own] for s, own in runs.items()}}
-        finally:
-            for process in processes:
-                process.close()
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

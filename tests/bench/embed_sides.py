@@ -43,7 +43,10 @@ class Run(NamedTuple):
 
 
 class Contestant:
-    """A way to embed. `variants` are its settings; `embed` gives (N, D) unit vectors in the order of the texts."""
+    """A way to embed. `variants` are its settings; `embed` gives (N, D) unit vectors in the order of the texts.
+
+    `__init__` may run beside others and times nothing; `settle`, with the machine to itself, finds what is found by timing.
+    """
 
     variants: tuple[str, ...] = ()
 
@@ -60,6 +63,13 @@ class Contestant:
 
     def _count(self, _module: Any, inputs: tuple[Any, ...]) -> None:
         self.positions += inputs[0].numel()
+
+    def settle(self) -> None:
+        """Finds its best settings."""
+
+    def parameters(self) -> int:
+        """Of the layers: what a token is multiplied with."""
+        return self.num_parameters
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         raise NotImplementedError
@@ -150,9 +160,11 @@ class Ours(Contestant):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.encoders = {how: _load(setting, how) for how in ("auto", "off")}
-        self.budgets = {how: encoder.find_budget() for how, encoder in self.encoders.items()}
         for encoder in self.encoders.values():
             self.watch(encoder.backbone)
+
+    def settle(self) -> None:
+        self.budgets = {how: encoder.find_budget() for how, encoder in self.encoders.items()}
 
     def embed(self, variant: str, texts: list[str], ids: list[list[int]]) -> np.ndarray:
         from ullme_ray.model import Tokens
@@ -172,13 +184,15 @@ class OursCompiled(Contestant):
     variants = ("ours, compiled",)
 
     def __init__(self, setting: Setting) -> None:
-        from ullme_ray.model import compile_where_faster
-
         super().__init__(setting)
         self.encoder = _load(setting, "auto")
+        self.watch(self.encoder.backbone)
+
+    def settle(self) -> None:
+        from ullme_ray.model import compile_where_faster
+
         self.budget = self.encoder.find_budget()
         self.reason = compile_where_faster(self.encoder, self.budget)
-        self.watch(self.encoder.backbone)
 
     def embed(self, variant: str, texts: list[str], ids: list[list[int]]) -> np.ndarray:
         from ullme_ray.model import Tokens
@@ -243,11 +257,10 @@ class Job(Contestant):
             log_to_driver=False,
         )
         self.folder = Path(tempfile.mkdtemp())
-        encoder = _load(setting, "auto")
-        self.watch(encoder.backbone)
-        self.budget = encoder.find_budget().tokens
-        del encoder
         self.start_s = 0.0
+
+    def settle(self) -> None:
+        self.budget = _load(self.setting, "auto").find_budget().tokens
 
     def embed(self, variant: str, texts: list[str], ids: list[list[int]]) -> np.ndarray:
         import pyarrow as pa

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +22,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parent))
-from growth import Memory, text_of
+from watched_job import make_job, print_row, run_watched, text_of
 
 ROW_BYTES = 64 * 2**10  # of the column carried along
 ROWS_PER_UNIT = 64
+HEAD = ["blocks, MiB", "object stores", "rows", "seconds", "driver, MiB", "Ray's workers, MiB", "spilled to disk, MiB"]
 
 
 def write_corpus(folder: Path, num_rows: int) -> None:
     folder.mkdir(parents=True)
     cargo = pa.array(["0123456789abcdef" * (ROW_BYTES // 16)])
-    with pq.ParquetWriter(
-        folder / "rows.parquet", pa.schema({"id": pa.int64(), "text": pa.string(), "cargo": pa.string()})
-    ) as out:
+    schema = pa.schema({"id": pa.int64(), "text": pa.string(), "cargo": pa.string()})
+    with pq.ParquetWriter(folder / "rows.parquet", schema) as out:
         for start in range(0, num_rows, ROWS_PER_UNIT):
             rows = range(start, min(start + ROWS_PER_UNIT, num_rows))
-            columns = {"id": list(rows), "text": [text_of(row, 0) for row in rows], "cargo": cargo.take([0] * len(rows))}
+            columns = {"id": list(rows), "text": [text_of(row) for row in rows], "cargo": cargo.take([0] * len(rows))}
             out.write_table(pa.table(columns))
-
-
-def make_job(folder: Path) -> dict[str, Any]:
-    return {
-        "name": "store",
-        "storage": str(folder / "runs"),
-        "model": {"base": str(folder / "model"), "max_tokens": 64},
-        "embed": {
-            "input": {"path": str(folder / "corpus"), "id": "id", "columns": ["cargo"]},
-            "actors": {"min": 1, "max": 1},
-            "rows_per_unit": ROWS_PER_UNIT,
-        },
-    }
 
 
 def embed(job: dict[str, Any], store_mib: int) -> dict[str, Any]:
@@ -70,23 +54,6 @@ def embed(job: dict[str, Any], store_mib: int) -> dict[str, Any]:
     return {"rows": report.table_rows, "seconds": report.seconds, "spilled_mib": int(spilled[1]) if spilled else 0}
 
 
-def run(job: dict[str, Any], store_mib: int) -> dict[str, Any]:
-    started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--child", json.dumps(job), "--store-mib", str(store_mib)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-    )
-    memory = Memory(process.pid)
-    output, _ = process.communicate()
-    memory.stop()
-    if process.returncode:
-        raise SystemExit(output)
-    figures: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return {**figures, "process_s": time.monotonic() - started, "driver": memory.driver, "workers": memory.workers}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=float, nargs="+", default=[1, 10], help="sizes of the corpus, in object stores")
@@ -97,30 +64,18 @@ def main() -> None:
         print(json.dumps(embed(json.loads(args.child), args.store_mib)))
         return
 
-    from ullme_ray.model.scratch import build_scratch
-    from ullme_ray.spec.job import ScratchSpec
-
-    head = ("blocks, MiB", "object stores", "rows", "seconds", "driver, MiB", "Ray's workers, MiB", "spilled to disk, MiB")
-    print("| " + " | ".join(head) + " |", "|" + " ---: |" * len(head), sep="\n", flush=True)
+    print_row(HEAD)
+    print_row(["---:"] * len(HEAD))
     for times in args.times:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            spec = ScratchSpec(hidden_size=32, layers=1, heads=2, vocab_size=512)
-            build_scratch([text_of(row, 0) for row in range(500)], spec, max_tokens=64, seed=0, folder=str(folder / "model"))
+            job = make_job(folder, {"columns": ["cargo"]}, rows_per_unit=ROWS_PER_UNIT)
             num_rows = int(times * args.store_mib * 2**20 / ROW_BYTES)
             write_corpus(folder / "corpus", num_rows)
-            figures = run(make_job(folder), args.store_mib)
-            assert figures["rows"] == num_rows, f"{num_rows} rows went in, {figures['rows']} came out"
-            cells = (
-                f"{num_rows * ROW_BYTES / 2**20:,.0f}",
-                f"{times:g}",
-                f"{num_rows:,}",
-                f"{figures['seconds']:.1f}",
-                f"{figures['driver'] / 2**20:,.0f}",
-                f"{figures['workers'] / 2**20:,.0f}",
-                f"{figures['spilled_mib']:,}",
-            )
-            print("| " + " | ".join(cells) + " |", flush=True)
+            run = run_watched([__file__, "--child", json.dumps(job), "--store-mib", str(args.store_mib)])
+            assert run["rows"] == num_rows, f"{num_rows} rows went in, {run['rows']} came out"
+            memory = [round(run["driver_mib"]), round(run["workers_mib"]), run["spilled_mib"]]
+            print_row([round(num_rows * ROW_BYTES / 2**20), f"{times:g}", num_rows, run["seconds"], *memory])
 
 
 if __name__ == "__main__":

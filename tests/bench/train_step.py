@@ -26,16 +26,17 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2
+sys.path.insert(0, str(Path(__file__).parent))
+from side_process import side_processes
 
 MODEL_NAMES = {"smollm2": "SmolLM2-135M", "scratch": "random, 2 layers of width 256"}
 _LORA_DROPOUT = 0.1
@@ -172,6 +173,9 @@ class Contestant:
     def step(self, number: int) -> Step:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Nothing works for it elsewhere."""
+
 
 class Ours(Contestant):
     def __init__(self, setting: Setting, side: Side) -> None:
@@ -275,77 +279,21 @@ class Theirs(Contestant):
         return self.result(self.timed(work), tokens, 0, second_pass=tokens, scored=0)
 
 
-def _serve(setting: Setting, side: Side, connection: Any) -> None:
-    """A side's process: answers step numbers with steps, errors with their text, until None comes."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    torch.set_num_threads(setting.threads)
-    try:
-        contestant = (Theirs if side.theirs else Ours)(setting, side)
-        connection.send("ready")
-        while (number := connection.recv()) is not None:
-            connection.send(contestant.step(number))
-    except EOFError:  # the asking process ended
-        pass
-    except BaseException:  # noqa: BLE001 - told in the asking process, which stops
-        connection.send(traceback.format_exc())
-
-
-class SideProcess:
-    """A side in a process of its own."""
-
-    def __init__(self, setting: Setting, side: Side) -> None:
-        self.side = side
-        context = mp.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(setting, side, other), daemon=True)
-        self._process.start()
-        other.close()
-
-    def wait_until_ready(self) -> None:
-        assert self._answer() == "ready"
-
-    def step(self, number: int) -> Step:
-        self._connection.send(number)
-        return self._answer()
-
-    def close(self) -> None:
-        self._connection.send(None)
-        self._process.join()
-
-    def _answer(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            raise RuntimeError(f"the process of {self.side.name} died; look at its output above (out of memory?)") from None
-        if isinstance(answer, str) and answer != "ready":
-            raise RuntimeError(f"{self.side.name}:\n{answer}")
-        return answer
-
-
 def in_turn(setting: Setting, sides: Sequence[Side], *, rounds: int, warm_up: int = 1) -> list[list[Step]]:
     """Steps of each side, all sides at the same step before the next, in changing order; warm-up steps are left out."""
-    processes: list[SideProcess] = []
     steps: list[list[Step]] = [[] for _ in sides]
-    try:
-        processes += [SideProcess(setting, side) for side in sides]
-        for process in processes:
-            process.wait_until_ready()
+    make = {side.name: partial(Theirs if side.theirs else Ours, setting, side) for side in sides}
+    with side_processes(make, threads=setting.threads) as processes:
         for number in range(warm_up + rounds):
             order = list(range(len(sides)))
             for position in order if number % 2 else reversed(order):
-                step = processes[position].step(number)
-                print(
-                    f"  {sides[position].name}: step {number + 1}, {step.seconds:.2f} s, CPU {step.cpu_s:.2f} s",
-                    file=sys.stderr,
-                )
+                name = sides[position].name
+                step = processes[name].call("step", number)
+                print(f"  {name}: step {number + 1}, {step.seconds:.2f} s, CPU {step.cpu_s:.2f} s", file=sys.stderr)
                 if number >= warm_up:
                     steps[position].append(step)
-            tokens = {processes[p].side.name: own[-1].encode_tokens for p, own in enumerate(steps) if own}
+            tokens = {sides[p].name: own[-1].encode_tokens for p, own in enumerate(steps) if own}
             assert len(set(tokens.values())) <= 1, f"the sides are to train on the same tokens: {tokens}"
-    finally:
-        for process in processes:
-            process.close()
     return steps
 
 
