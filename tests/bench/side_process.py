@@ -115,6 +115,8 @@ def _serve(make: Callable[[], Any], threads: int, connection: Any) -> None:
     except BaseException:  # noqa: BLE001 - told in the asking process, which stops
         with contextlib.suppress(OSError):
             connection.send(_Failure(traceback.format_exc()))
+    finally:
+        _kill_below(psutil.Process())
 
 
 def _end_with_parent() -> None:
