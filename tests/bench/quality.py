@@ -1,11 +1,12 @@
 """What makes the better embedder: strategy, pooling, attention, prompts and hard negatives, one factor at a time.
 
-    python tests/smollm2.py FOLDER && python tests/bench/quality.py FOLDER --pairs PAIRS
+    python tests/smollm2.py FOLDER && python tests/bench/quality.py FOLDER --pairs PAIRS --sets wordnet
 
 Trains a pretrained decoder on real pairs for a few steps and measures nDCG@10 on held-out queries, which are the same
-for every run. PAIRS holds `NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows; hard negatives
-are BM25's best passages that are not the query's own. A run that is done stands as a line in results.jsonl and is not
-done again; all seeds of a few lines come before the next lines. `--gpu` uses this machine's GPU.
+for every run. PAIRS holds `NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows, for each of
+--sets (tests/wordnet_pairs.py makes one); hard negatives are BM25's best passages that are not the query's own. A run
+that is done stands as a line in results.jsonl and is not done again; all seeds of a few lines come before the next
+lines. `--gpu` uses this machine's GPU.
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+"""The quality bench compares fairly: the same held-out queries for all, no hard negative that is right, honest intervals."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wordnet_pairs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import quality
+
+WORDS = ["bucket", "table", "query", "index", "policy", "object", "stream", "cluster", "secret", "volume"]
+
+
+def write_pairs(folder: Path) -> Path:
+    """40 training and 10 held-out rows; the first training query has two passages."""
+    rows = [{"query": f"make a {a} {b}", "positive": f"creates one {b} for the {a}"} for a in WORDS[:5] for b in WORDS]
+    splits = {"train": [*rows[:40], {"query": rows[0]["query"], "positive": rows[1]["positive"]}], "test": rows[40:]}
+    for split, chosen in splits.items():
+        with gzip.open(folder / f"docs.{split}.jsonl.gz", "wt") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in chosen)
+    return folder
+
+
+def test_training_rows_have_hard_negatives_that_are_never_right(tmp_path: Path) -> None:
+    target = tmp_path / "hard" / "docs.jsonl"
+    quality.write_training_rows(write_pairs(tmp_path), "docs", target, 100)
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert len(rows) == 41
+    right: dict[str, set[str]] = {}
+    for row in rows:
+        right.setdefault(row["query"], set()).add(row["positive"])
+    assert max(map(len, right.values())) == 2
+    for row in rows:
+        assert row["negatives"]
+        assert not right[row["query"]] & set(row["negatives"])
+
+
+def test_every_run_is_measured_on_the_same_held_out_queries(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path)
+    one, two = (quality.make_test_set(folder, "docs", 6, 20) for _ in range(2))
+    assert one == two
+    assert (len(one.queries), len(one.passages)) == (6, 20)
+    trained = {row["query"] for row in quality.read_pairs(folder / "docs.train.jsonl.gz")}
+    assert not trained & set(one.queries.values())
+    for query, judged in one.qrels.items():
+        assert judged
+        assert set(judged) <= set(one.passages)
+        assert query in one.queries
+
+
+def test_a_cell_trains_and_its_attention_and_seed_matter(tmp_path: Path, tiny_base: str) -> None:
+    folder = write_pairs(tmp_path)
+    args = quality.parse(
+        f"{tiny_base} --pairs {folder} --sets docs --folder {tmp_path}/out --steps 2 --batch-size 4 --max-tokens 48".split()
+    )
+    quality.write_training_rows(folder, "docs", tmp_path / "out" / "hard" / "docs.jsonl", 100)
+    test_sets = [quality.make_test_set(folder, "docs", 6, 20)]
+
+    def runs(cell: quality.Cell, seed: int = 1) -> list[float]:
+        (run,) = quality.own_runs(quality.make_job(args, cell, seed), test_sets, train=cell.is_trained)
+        return [score for query in run.values() for score in sorted(query.values())]
+
+    default = runs(quality.DEFAULT)
+    assert runs(quality.DEFAULT) == default
+    others = [quality.Cell("base"), quality.Cell("grl"), quality.Cell(bidirectional=False), quality.Cell(prompts=True)]
+    for other in others:
+        assert runs(other) != default, other
+    assert runs(quality.DEFAULT, seed=2) != default
+
+
+def test_intervals_hold_both_draws_and_differences_are_paired() -> None:
+    generator = np.random.default_rng(0)
+    queries = generator.uniform(0.2, 0.8, size=100)
+    ours, theirs = np.stack([queries + 0.1] * 3), np.stack([queries] * 3)
+    mean, low, high = quality.interval(ours)
+    assert low < mean < high
+    assert quality.interval(ours, theirs) == pytest.approx((0.1, 0.1, 0.1))  # queries differ much, but alike for both
+    unlike = np.stack([queries, queries + 0.2, queries + 0.1])  # the same mean, but seeds that differ
+    assert np.subtract(*quality.interval(unlike, theirs)[:0:-1]) > 0.05
+
+
+def test_table_has_a_line_per_cell_and_reads_what_was_cut_off(tmp_path: Path) -> None:
+    lines = [
+        {"cell": vars(cell), "seed": seed, "scores": {"docs": [0.1 * seed, value]}, "seconds": 1.0}
+        for cell, value in ((quality.DEFAULT, 0.5), (quality.Cell("grl"), 0.7))
+        for seed in (1, 2)
+    ]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cell": {"strat')
+    found = quality.read_results(path)
+    assert set(found) == {(cell, seed) for cell in (quality.DEFAULT, quality.Cell("grl")) for seed in (1, 2)}
+    text = quality.table(found).splitlines()
+    assert [line.split(" | ")[0] for line in text[2:]] == ["| cl", "| grl"]
+    assert "0.300 0.350" in text[2]
+    assert "+0.100" in text[3]
+
+
+def test_wordnet_pairs_show_a_word_of_their_entry(tmp_path: Path) -> None:
+    entry = '00001837 02 r 02 quickly 0 in_haste 0 000 | with speed; "she spoke quickly to us"; "not so"; "quickly!"  '
+    for part in ("noun", "verb", "adj", "adv"):
+        (tmp_path / f"data.{part}").write_text("  1 the licence\n" + (entry + "\n" if part == "adv" else ""))
+    assert list(wordnet_pairs.pairs(tmp_path)) == [{"query": "she spoke quickly to us", "positive": "quickly: with speed"}]
