@@ -19,7 +19,8 @@ from ullme_ray.deploy.text import Manifest, dump
 from ullme_ray.deploy.versions import image
 from ullme_ray.spec.job import JobSpec
 
-_METADATA_HOSTS = {"0.0.0.0/0": "169.254.169.254/32", "::/0": "fd00:ec2::254/128"}
+# Azure's 168.63.129.16 stays reachable: it is also the name server of its machines.
+_METADATA_HOSTS = {"0.0.0.0/0": ["169.254.169.254/32", "100.100.100.200/32"], "::/0": ["fd00:ec2::254/128"]}
 _LATE_S = 3600  # a run that could not start for so long is skipped: the next one does its work too
 RUN_FOLDER = "/etc/ullme-run"
 RUN_FILE = f"{RUN_FOLDER}/rayjob.yaml"
@@ -65,7 +66,9 @@ def network_policy(job: JobSpec) -> Manifest:
     if job.serve is not None:
         clients = {"podSelector": {"matchLabels": {"ullme-ray/client": "true"}}, "namespaceSelector": {}}
         ingress.append({"from": [clients], "ports": _ports(SERVE_PORT)})
-    egress = [{"to": [{"ipBlock": {"cidr": everywhere, "except": [host]}}]} for everywhere, host in _METADATA_HOSTS.items()]
+    egress = [
+        {"to": [{"ipBlock": {"cidr": everywhere, "except": list(hosts)}}]} for everywhere, hosts in _METADATA_HOSTS.items()
+    ]
     spec = {
         "podSelector": {"matchLabels": labels(job)},
         "policyTypes": ["Ingress", "Egress"],
