@@ -149,7 +149,11 @@ class Driver:
 
     def finish(self) -> str:
         """What it said; it must end well."""
-        assert self.process.wait(timeout=RUN_TIMEOUT_S) == 0, self.text[-3000:]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=RUN_TIMEOUT_S)
+        code = self.process.poll()
+        assert code is not None, f"it did not end within {RUN_TIMEOUT_S:g} s: {self.text[-3000:]}"
+        assert code == 0, f"it ended with {code}: {self.text[-3000:]}"
         return self.text
 
 
