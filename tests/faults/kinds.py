@@ -27,6 +27,7 @@ class Fault:
     exit_code = 0  # of a run that it ended
     unanswered = False  # readers may find the store gone
     overlaps = False  # runs beside one another do the same work twice
+    by_reads = False  # instants are shares of the units read, for all are read before most parts are put
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -46,9 +47,10 @@ class Fault:
 class KillWorker(Fault):
     """SIGKILL to a process that does one kind of work, known by the title that Ray gives it."""
 
-    def __init__(self, name: str, title: str) -> None:
+    def __init__(self, name: str, title: str, *, by_reads: bool = False) -> None:
         super().__init__(name)
         self._title = re.compile(title)
+        self.by_reads = by_reads
 
     def strike(self, bench: Workbench, trial: Trial, run: Run, chance: random.Random) -> bool:
         deadline = time.monotonic() + _VICTIM_WAIT_S
@@ -181,7 +183,7 @@ FAULTS: dict[str, Fault] = {
     fault.name: fault
     for fault in (
         KillWorker("actor", r"MapWorker.*EmbedActor"),
-        KillWorker("read task", r"ray::.*read_step"),
+        KillWorker("read task", r"ray::.*read_step", by_reads=True),
         KillWorker("write task", r"ray::.*write_step"),
         KillNode("node"),
         KillDriver("driver", signal.SIGKILL, -signal.SIGKILL),

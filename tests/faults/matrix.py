@@ -4,9 +4,10 @@ Runs the real command on a real S3 server (SeaweedFS) through a proxy, strikes i
 ends well, and compares the table with that of a quiet run, row by row and vector by vector, dead letters included. Meanwhile a
 reader polls the table every 50 ms. Prints a Markdown table, and below it whatever was not as it should be; exits 1 then.
 
-An instant is a seeded share of the parts that the job puts, and a moment after that part; one that finds the run over is drawn
-anew. Faults that a run survives strike it up to four times; a run that a fault ends is given again and struck again. Each trial
-is a line of `--results`: the same command goes on after the lines that are there, and `--minutes` ends it in good time.
+An instant is a seeded share of the parts that the job puts (for a read task: of the units it reads), and a moment after that
+part; one that finds the run over is drawn anew. Faults that a run survives strike it up to five times; a run that a fault ends
+is given again and struck again. Each trial is a line of `--results`: the same command goes on after the lines that are there,
+and `--minutes` ends it in good time.
 
 All jobs join one Ray cluster of two nodes, and their processes are forked from one that has done the imports; what runs in them
 is what users run. Cold starts are in test_faults_short.py.

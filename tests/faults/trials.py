@@ -112,7 +112,7 @@ def _one_run(
 ) -> None:
     run = trial.start()
     for share in shares:
-        if not _wait_until(trial, run, share * quiet.parts, chance):
+        if not _wait_until(fault, trial, run, share, quiet, chance):
             break
         _strike(bench, fault, trial, run, chance, tally)
     tally.tried = len(shares)
@@ -125,7 +125,7 @@ def _chain(
     """Every run but the last is ended; the next one goes on from its parts."""
     for share in shares:
         run = trial.start()
-        if _wait_until(trial, run, share * quiet.parts, chance):
+        if _wait_until(fault, trial, run, share, quiet, chance):
             _strike(bench, fault, trial, run, chance, tally)
         tally.tried += 1
         _wait(run, tally)
@@ -139,13 +139,14 @@ def _strike(bench: Workbench, fault: Fault, trial: Trial, run: Run, chance: rand
     tally.hit += fault.strike(bench, trial, run, chance)
 
 
-def _wait_until(trial: Trial, run: Run, parts: float, chance: random.Random) -> bool:
-    """Until the pipeline is at work and the store has so many parts of the trial; False when the run was over before."""
+def _wait_until(fault: Fault, trial: Trial, run: Run, share: float, quiet: Quiet, chance: random.Random) -> bool:
+    """Until the pipeline is at work and so much of the trial is done; False when the run was over before."""
     if run.wait_for_first_event() is None:
         return False
-    while len(trial.parts_put()) < int(parts) and not run.over:
+    wanted = int(share * (quiet.units.total() if fault.by_reads else quiet.parts))
+    while (len(run.events("read")) if fault.by_reads else len(trial.parts_put())) < wanted and not run.over:
         time.sleep(0.01)
-    due = time.monotonic() + chance.random() * _JITTER_S
+    due = time.monotonic() + (0.0 if fault.by_reads else chance.random() * _JITTER_S)  # a unit is read in a moment
     while time.monotonic() < due and not run.over:
         time.sleep(0.005)
     return not run.over
