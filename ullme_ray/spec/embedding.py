@@ -63,7 +63,9 @@ class EmbedSpec(Section):
     input: EmbedInputSpec = Field(description="The corpus.")
     output: EmbedOutputSpec = Field(EmbedOutputSpec(), description="The embeddings table.")
     actors: ActorsSpec = Field(ActorsSpec(), description="The pool of embedding processes.")
-    rows_per_unit: PositiveInt = Field(4096, description="Rows of one unit: what a crash can cost at most per actor.")
+    rows_per_unit: PositiveInt = Field(
+        4096, description="Rows of one unit; a crash costs the units at work and those embedded but not yet written."
+    )
     tokens_per_batch: AutoOrCount = Field(
         "auto", description="Tokens of one forward pass; auto times a few numbers when an actor starts and takes the fastest."
     )
