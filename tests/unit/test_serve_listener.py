@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from test_serve_backend import FakeReplicas
 
 from ullme_ray.serve.ingress import Listener
+from ullme_ray.serve.launch import _SHORT_WAYS
 from ullme_ray.spec.job import ServeSpec
 
 
@@ -95,3 +99,14 @@ def test_a_listener_that_never_got_the_port_ends_at_once() -> None:
             await asyncio.wait_for(end(waiting), 5)
 
     asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_rays_switch_for_speed_opens_no_second_http_port() -> None:
+    """It would, for the listener, without our keys and limits, and end no listener within Serve's own time."""
+    names = ("RAY_SERVE_USE_GRPC_BY_DEFAULT", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
+    code = f"from ray.serve._private import constants; print(*(getattr(constants, name) for name in {names}))"
+    environment = os.environ | _SHORT_WAYS["env_vars"]
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert told.stdout.split() == ["True", "False"]
