@@ -56,7 +56,7 @@ def lowest_cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum(axis=1).min())
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 0.999999), ("bfloat16", 0.9999)])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 0.999999), ("bfloat16", 0.999)])
 def test_vectors_agree_packed_padded_and_in_any_company(medium_base: str, dtype: str, limit: float) -> None:
     tokens = random_tokens(LENGTHS)
     exact = encoder(medium_base, "float32", "cpu", "off").embed_tokens(tokens)
