@@ -50,7 +50,7 @@ def embed(job: dict[str, Any], store_mib: int) -> dict[str, Any]:
 
     ray.init(address="local", num_cpus=4, object_store_memory=store_mib * 2**20, include_dashboard=False, log_to_driver=False)
     report = run_embed(JobSpec.model_validate(job), progress=False)
-    spilled = re.search(r"Spilled (\d+) MiB", memory_summary(stats_only=True))
+    spilled = re.search(r"Spilled (\d+) MiB", memory_summary(ray.get_runtime_context().gcs_address, stats_only=True))
     return {"rows": report.table_rows, "seconds": report.seconds, "spilled_mib": int(spilled[1]) if spilled else 0}
 
 
