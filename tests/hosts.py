@@ -71,7 +71,12 @@ class Host:
         """A process on this host; what it says goes to the file `told`."""
         with told.open("wb") as stream:
             return subprocess.Popen(
-                [*self._enter, *command], stdout=stream, stderr=stream, env=self._with(environment), cwd="/"
+                [*self._enter, *command],
+                stdout=stream,
+                stderr=stream,
+                env=self._with(environment),
+                cwd="/",
+                preexec_fn=_hear_interrupts,
             )
 
     def run(self, command: list[str], *, timeout_s: float = 120.0, environment: Mapping[str, str] = {}) -> str:
@@ -204,10 +209,15 @@ class Hosts:
         return host
 
 
-def interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C to a process that `Host.start` gave: not to nsenter, which stands before it."""
+def interrupt(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGINT) -> None:
+    """Ctrl-C, or another signal, to a process that `Host.start` gave: not to nsenter, which stands before it."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError, IndexError):
-        os.kill(_child_of(process), signal.SIGINT)
+        os.kill(_child_of(process), number)
+
+
+def _hear_interrupts() -> None:
+    """A shell's background job, and all that it starts, ignores Ctrl-C: a driver would then serve on for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _remove_names_of_the_dead() -> None:

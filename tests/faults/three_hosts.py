@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -104,7 +105,8 @@ class Network:
         finally:
             interrupt(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
+                process.wait(timeout=60)
+            interrupt(process, signal.SIGKILL)  # before nsenter goes, after which nobody finds it
             process.kill()
             process.wait()
 
