@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ullme_ray.errors import ServeError
 from ullme_ray.evaluate.search import search
 from ullme_ray.sample_data import ensure_dataset
 from ullme_ray.serve import start_server
+from ullme_ray.serve.keys import LOOK_AGAIN_S
 from ullme_ray.spec import JobSpec
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -42,6 +44,7 @@ def test_a_server_and_this_process_find_the_same_rows(s3, tiny_base, tmp_path: P
     with start_server(job) as server:
         served = search(job, QUESTION, top_k=5, url=server.url)
         keys.write_text("another-key\n")
+        time.sleep(LOOK_AGAIN_S)
         with pytest.raises(ServeError, match="answered /info with 401: the API key is not valid"):
             search(job, QUESTION, top_k=5, url=server.url)
     assert [hit.id for hit in served] == [hit.id for hit in alone]
