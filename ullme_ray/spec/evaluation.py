@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, GetJsonSchemaHandler, PositiveInt, model_validator
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator, Field, PositiveInt
 
-from ullme_ray.spec.section import Name, PromptsSpec, Section, name_or_mapping
+from ullme_ray.spec.section import Name, NamedSection, PromptsSpec, Section
 
 FolderType = Literal["retrieval", "sts", "pair_classification", "classification", "clustering"]
 
@@ -29,26 +28,21 @@ class LocalSetSpec(Section):
     max_queries: PositiveInt | None = Field(None, description="Queries asked at most (seeded choice); absent means all.")
 
 
-class OtherModelSpec(Section):
+class OtherModelSpec(NamedSection):
     """Any sentence-transformers model, run by that library; a name alone is enough."""
+
+    name_key = "base"
 
     base: str = Field("", description="Hugging Face name, local or s3:// folder of a sentence-transformers model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face name.")
     name: Name | None = Field(None, description="Its name in tables; absent means the last part of `base`.")
     prompts: PromptsSpec | None = Field(None, description="Prompts; absent means those in the model's folder, else none.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def from_name(cls, value: Any) -> Any:
-        return {"base": value} if isinstance(value, str) else value
 
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return name_or_mapping(handler, schema, {"type": "string"})
-
-
-class MtebSpec(Section):
+class MtebSpec(NamedSection):
     """Some tasks of MTEB. The name alone of a task or a benchmark is enough."""
+
+    name_key = "name"
 
     name: str | None = Field(None, description="A task or benchmark of mteb, such as NFCorpus or `MTEB(eng, v2)`.")
     types: Annotated[tuple[str, ...], Field(strict=False)] = Field(
@@ -61,15 +55,6 @@ class MtebSpec(Section):
         None, description="Local folder in mteb's dataset layout, in place of a name; nothing is then fetched from a hub."
     )
     type: FolderType | None = Field(None, description="What kind of task the folder holds; needed with `folder`.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return name_or_mapping(handler, schema, {"type": "string"})
 
 
 class GenerationChecksSpec(Section):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, GetJsonSchemaHandler, PositiveInt, model_validator
-from pydantic_core import CoreSchema
+from pydantic import Field, PositiveInt
 
 from ullme_ray.spec.embedding import ActorsSpec
-from ullme_ray.spec.section import Fraction, NonNegative, PromptsSpec, Section, name_or_mapping
+from ullme_ray.spec.section import Fraction, NamedSection, NonNegative, PromptsSpec, Section
 
 
-class EncoderSpec(Section):
+class EncoderSpec(NamedSection):
     """The model that mines: the job's own (`base`, `trained`), or any embedding model. A name alone is enough."""
+
+    name_key = "base"
 
     base: str = Field(
         "base",
@@ -32,15 +33,6 @@ class EncoderSpec(Section):
     def is_own(self) -> bool:
         """Whether it is a model of this job, with the settings of its model section."""
         return self.base in ("base", "trained")
-
-    @model_validator(mode="before")
-    @classmethod
-    def from_name(cls, value: Any) -> Any:
-        return {"base": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return name_or_mapping(handler, schema, {"type": "string"})
 
 
 class CorpusSpec(Section):

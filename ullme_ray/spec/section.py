@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PlainValidator, model_validator
 from pydantic_core import CoreSchema
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -47,3 +47,18 @@ def name_or_mapping(handler: GetJsonSchemaHandler, schema: CoreSchema, name: dic
     mapping.clear()
     mapping.update(whole)
     return reference
+
+
+class NamedSection(Section):
+    """A section for which a name alone may stand: the value of its key `name_key`."""
+
+    name_key: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def from_name(cls, value: Any) -> Any:
+        return {cls.name_key: value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return name_or_mapping(handler, schema, {"type": "string"})
