@@ -43,9 +43,13 @@ def test_a_server_and_this_process_find_the_same_rows(s3, tiny_base, tmp_path: P
     assert all(hit.columns["title"] and hit.columns["text"] for hit in alone)
     with start_server(job) as server:
         served = search(job, QUESTION, top_k=5, url=server.url)
+        old = tmp_path / "old"
+        old.write_text("first-key")
         keys.write_text("another-key\n")
         time.sleep(LOOK_AGAIN_S)
+        rotated = search(job, QUESTION, top_k=5, url=server.url)  # both sides read the new key
         with pytest.raises(ServeError, match="answered /info with 401: the API key is not valid"):
-            search(job, QUESTION, top_k=5, url=server.url)
+            search(job, QUESTION, top_k=5, url=server.url, key=f"file:{old}")
+    assert [hit.id for hit in rotated] == [hit.id for hit in served]
     assert [hit.id for hit in served] == [hit.id for hit in alone]
     assert [hit.score for hit in served] == pytest.approx([hit.score for hit in alone], abs=1e-5)
