@@ -13,7 +13,8 @@ Equal for both: weights (causal attention, for older transformers ignore `is_cau
 model; vectors are compared first (cosine). A server runs alone while it is measured. The offline rate is measured before and
 after: where the two differ much, the machine was not quiet.
 
-Cost: about 4 minutes per set with --seconds 8, two of them for infinity to work off what it took in at 8 times its capacity.
+Cost, by its settings: about 4 minutes per set with --seconds 8, two of them for infinity to work off the load of 8 times its
+capacity.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ cluster has mended the last one. Every answer is compared with the model's own v
 new one is published), so that a wrong answer counts as a failed request. Killing the listener cuts raw connections, which no
 server can help: its line shows how many, and openai's client must see none.
 
-Cost: about four minutes for 10,000 requests on a quiet machine, most of it the start of Python in new replicas.
+Cost: most of it is the start of Python in new replicas, so it grows with --faults.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Seen:
     wrong: int = 0
     longest_s: float = 0.0
     why: list[str] = field(default_factory=list)
-    broken: BaseException | None = None  # what ended the faults
+    broken: BaseException | None = None  # what ended the faults or the clients
 
     def to_line(self) -> str:
         cells = (self.kind, self.faults, self.raw, self.raw_failed, self.retrying, self.retrying_failed, self.wrong)
@@ -226,32 +226,6 @@ def wait_until_mended() -> None:
     raise RuntimeError(f"the cluster did not mend within {MENDED_S:.0f} s: {running}")
 
 
-@contextlib.contextmanager
-def faults(stand: Stand, seen: Seen) -> Iterator[None]:
-    """Faults of one kind in a thread, one after another, as long as the block runs."""
-    over = threading.Event()
-
-    def work() -> None:
-        try:
-            while not over.is_set():
-                FAULTS[seen.kind](stand)
-                over.wait(PAUSE_S)
-                wait_until_mended()
-                seen.faults += not over.is_set()  # one that outlasted the load is none
-        except BaseException as caught:  # noqa: BLE001 - of a thread: shown by the main one
-            seen.broken = caught
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    if seen.broken is not None:
-        raise seen.broken
-
-
 async def send(stand: Stand, seen: Seen, *, requests: int, num_faults: int, clients: int, rate: float) -> None:
     """Every client asks at its own ticks, or as soon as it is answered where that was later."""
     numbers = itertools.count()
@@ -302,6 +276,32 @@ async def send(stand: Stand, seen: Seen, *, requests: int, num_faults: int, clie
         await asyncio.gather(*tasks)
 
 
+def strike(stand: Stand, seen: Seen, **load: Any) -> None:
+    """Faults of one kind, one after another, as long as the clients run: in the main thread, where alone Ray starts a node."""
+    over = threading.Event()
+
+    def clients() -> None:
+        try:
+            asyncio.run(send(stand, seen, **load))
+        except BaseException as caught:  # noqa: BLE001 - of a thread: shown by the main one
+            seen.broken = caught
+        over.set()
+
+    thread = threading.Thread(target=clients)
+    thread.start()
+    try:
+        while not over.is_set():
+            FAULTS[seen.kind](stand)
+            over.wait(PAUSE_S)
+            wait_until_mended()
+            seen.faults += not over.is_set()  # one that outlasted the load is none
+    except BaseException as caught:  # noqa: BLE001 - ends the clients first
+        seen.broken = caught
+    thread.join()
+    if seen.broken is not None:
+        raise seen.broken
+
+
 def run(kinds: list[str], folder: Path, **load: Any) -> list[Seen]:
     """A line of the table for each kind, printed as it comes."""
     quiet_libraries()
@@ -311,8 +311,7 @@ def run(kinds: list[str], folder: Path, **load: Any) -> list[Seen]:
     try:
         for kind in kinds:
             seen = Seen(kind)
-            with faults(stand, seen):
-                asyncio.run(send(stand, seen, **load))
+            strike(stand, seen, **load)
             print(seen.to_line(), flush=True)
             for why in sorted(set(seen.why))[:5]:
                 print(f"  {why}", file=sys.stderr, flush=True)

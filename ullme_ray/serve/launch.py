@@ -169,7 +169,8 @@ def build_app(job: JobSpec, address: tuple[str, int] | None = None) -> Applicati
         return ingress.bind(front, targets, *replicas)
     listener = serve.deployment(Listener, name="Ingress").options(  # type: ignore[attr-defined]
         num_replicas=LISTENERS,
-        ray_actor_options={"num_cpus": INGRESS_CPUS, "resources": _HEAD_NODE, "runtime_env": _SHORT_WAYS},
+        # No CPU of Ray's: a head that has none to give, or gave its last to a replica, would never get its listeners.
+        ray_actor_options={"num_cpus": 0, "resources": _HEAD_NODE, "runtime_env": _SHORT_WAYS},
         graceful_shutdown_timeout_s=DRAIN_S,  # then it is killed, and its connections are cut
         **common,
     )
