@@ -1,4 +1,8 @@
-"""Training on a real Ray with real ranks: the same losses when killed, under any ZeRO stage, on disk and on S3."""
+"""Training on a real Ray with real ranks: the same losses when killed, under any ZeRO stage, on disk and on S3.
+
+What concerns a rank alone runs in this process (`train_here`): each start on Ray spends most of a minute on the imports of a
+controller and its ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,25 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch.distributed as dist
 
 from ullme_ray import storage
 from ullme_ray.errors import DataError, ModelError, TrainingError
-from ullme_ray.model import open_encoder
+from ullme_ray.model import ensure_base, open_encoder
 from ullme_ray.retrieval.local_set import read_local_set
 from ullme_ray.retrieval.metrics import mean_scores, score_run
 from ullme_ray.spec import JobSpec
 from ullme_ray.spec.run_folder import RunFolder, dump_job
 from ullme_ray.train import preflight, run_train
 from ullme_ray.train.checkpoint import list_checkpoints, open_checkpoint
+from ullme_ray.train.loop import train_on_rank
 
 WORDS = ["bucket", "object", "policy", "access", "private", "public", "list", "key", "table", "query", "value", "request"]
 
@@ -77,6 +84,25 @@ def assert_same_losses(one: dict[int, list[float]], other: dict[int, list[float]
 
 
 @pytest.fixture(scope="module")
+def train_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[JobSpec], list[str]]]:
+    """Trains on one gloo rank, this process, as a rank of Ray Train would; gives the notes that the driver would show."""
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+
+        def train(job: JobSpec) -> list[str]:
+            records: list[dict[str, Any]] = []
+            ensure_base(job)
+            train_on_rank(job, records.append, lambda step, doing: None)
+            return [record["note"] for record in records if "note" in record]
+
+        yield train
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
 def unbroken(ray_local: None, pairs_file: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[JobSpec, Path]:
     folder = tmp_path_factory.mktemp("unbroken")
     job = make_job("unbroken", folder, pairs_file, deepspeed={"zero_stage": 1})
@@ -103,43 +129,36 @@ def test_run_learns_exports_and_does_nothing_twice(unbroken: tuple[JobSpec, Path
     assert run_train(job).already_done
 
 
-@pytest.mark.parametrize("stage", [0, 3])  # 1 is the unbroken one; gradients of all four: test_zero_gradients.py
-def test_other_zero_stages_give_the_same_losses(
-    unbroken: tuple[JobSpec, Path], pairs_file: str, tmp_path: Path, stage: int
-) -> None:
-    job = make_job("unbroken", tmp_path, pairs_file, deepspeed={"zero_stage": stage})
+def test_zero_3_gives_the_same_losses(unbroken: tuple[JobSpec, Path], pairs_file: str, tmp_path: Path) -> None:
+    """The gradients of all four stages on one to three ranks: test_zero_gradients.py."""
+    job = make_job("unbroken", tmp_path, pairs_file, deepspeed={"zero_stage": 3})
     run_train(job)
     assert_same_losses(losses(*unbroken), losses(job, tmp_path))
     ours, theirs = open_encoder(job).encode(WORDS), open_encoder(unbroken[0]).encode(WORDS)
     assert (ours * theirs).sum(axis=1).min() > 0.999999
 
 
-def test_one_rank_and_another_chunk_size_give_the_same_losses(
-    unbroken: tuple[JobSpec, Path], pairs_file: str, tmp_path: Path
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_rank_on_s3_with_another_chunk_size_and_stage_gives_the_same_losses(
+    unbroken: tuple[JobSpec, Path], pairs_file: str, s3: Any, train_here: Callable[[JobSpec], list[str]], stage: int
 ) -> None:
-    job = make_job("unbroken", tmp_path, pairs_file, workers={"num_workers": 1}, chunk_size=8)
-    run_train(job)
-    assert_same_losses(losses(*unbroken), losses(job, tmp_path))
-
-
-def test_run_on_s3_gives_the_same_losses(unbroken: tuple[JobSpec, Path], pairs_file: str, s3: Any) -> None:
-    bucket = s3.bucket("train")
-    job = make_job("unbroken", bucket, pairs_file)
+    bucket = s3.bucket(f"train-{stage}")
+    job = make_job("unbroken", bucket, pairs_file, workers={"num_workers": 1}, chunk_size=8, deepspeed={"zero_stage": stage})
     preflight(job)
-    run_train(job)
+    train_here(job)
     assert_same_losses(losses(*unbroken), losses(job, bucket))
     ours, theirs = open_encoder(job).encode(WORDS), open_encoder(unbroken[0]).encode(WORDS)
     assert (ours * theirs).sum(axis=1).min() > 0.999999
 
 
 def test_lora_in_bfloat16_under_zero_3_trains_and_exports(
-    ray_local: None, tiny_base: str, pairs_file: str, tmp_path: Path
+    train_here: Callable[[JobSpec], list[str]], tiny_base: str, pairs_file: str, tmp_path: Path
 ) -> None:
     lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
     for stage in (1, 3):
         model = {"base": tiny_base, "lora": lora, "dtype": "bfloat16"}
         job = make_job(f"lora-{stage}", tmp_path, pairs_file, model=model, deepspeed={"zero_stage": stage}, max_steps=2)
-        run_train(job)
+        train_here(job)
         assert (tmp_path / job.name / "adapter" / "adapter_model.safetensors").is_file()
         before, after = open_encoder(job, which="base").encode(WORDS), open_encoder(job).encode(WORDS)
         assert (before * after).sum(axis=1).min() < 0.9999
@@ -255,7 +274,7 @@ def heldout(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_validation_keeps_and_exports_the_best_and_stops_early(
-    ray_local: None, pairs_file: str, heldout: str, tmp_path: Path
+    train_here: Callable[[JobSpec], list[str]], pairs_file: str, heldout: str, tmp_path: Path
 ) -> None:
     validation = {"path": heldout, "every_steps": 2, "patience": 2, "k": 3}
     # A learning rate that ruins the model, so that the best is not the last.
@@ -264,26 +283,27 @@ def test_validation_keeps_and_exports_the_best_and_stops_early(
         deepspeed={"zero_stage": 3}, validation=validation,
     )  # fmt: skip
     preflight(job)
-    result = run_train(job)
-    assert result.steps < 40
+    train_here(job)
     newest = list_checkpoints(job)[-1]
+    steps = newest.step
+    assert steps < 40
     assert newest.manifest["finished"]
     validations = dict(map(tuple, newest.manifest["validations"]))
-    assert list(validations) == list(range(2, result.steps + 1, 2))
+    assert list(validations) == list(range(2, steps + 1, 2))
     best = max(validations, key=lambda step: (validations[step], -step))
-    assert best == result.steps - 4, "two validations without a better one, then the end"
-    assert {c.step for c in list_checkpoints(job)} == {best, result.steps}
+    assert best == steps - 4, "two validations without a better one, then the end"
+    assert {c.step for c in list_checkpoints(job)} == {best, steps}
     text = (tmp_path / "early" / "metrics" / "train.jsonl").read_text()
     logged = {r["step"]: r["validation_ndcg"] for r in map(json.loads, text.splitlines()) if "validation_ndcg" in r}
     assert 0.0 <= logged.pop(0) <= 1.0  # before training
     assert logged == validations
     # The export holds the best weights, and an independent measurement of it gives the number that was logged.
     assert measured_ndcg(job, heldout, k=3) == pytest.approx(validations[best], abs=1e-6)
-    assert run_train(job).already_done
     last = make_job("last", tmp_path, pairs_file, max_steps=2, validation={**validation, "export": "last"})
     with pytest.raises(DataError, match=r"train\.validation\.path = /nowhere: .*does not exist"):
         preflight(make_job("none", tmp_path, pairs_file, validation={"path": "/nowhere"}))
-    assert run_train(last).steps == 2
+    train_here(last)
+    assert [c.step for c in list_checkpoints(last)] == [2]
 
 
 def measured_ndcg(job: JobSpec, folder: str, *, k: int) -> float:
@@ -294,36 +314,39 @@ def measured_ndcg(job: JobSpec, folder: str, *, k: int) -> float:
     return mean_scores(score_run(sample.qrels, run, [f"ndcg@{k}"]))[f"ndcg@{k}"]
 
 
-def test_precomputed_reference_gives_the_losses_of_a_frozen_copy(ray_local: None, pairs_file: str, tmp_path: Path) -> None:
+def test_precomputed_reference_gives_the_losses_of_a_frozen_copy(
+    train_here: Callable[[JobSpec], list[str]], pairs_file: str, tmp_path: Path
+) -> None:
     curves = []
     for reference in ("frozen_copy", "precomputed"):
         objective = {"preset": "grl", "reference": reference}
         job = make_job(reference.replace("_", "-"), tmp_path, pairs_file, objective=objective, max_steps=4)
         (tmp_path / job.name).mkdir()
         (tmp_path / job.name / "reference.npz").write_bytes(b"of a run that never reached a checkpoint")
-        run_train(job)
+        train_here(job)
         curves.append(losses(job, tmp_path))
     assert_same_losses(*curves)
     assert (tmp_path / "precomputed" / "reference.npz").is_file()
     none = make_job("none", tmp_path, pairs_file, objective={"preset": "grl", "reference": "none"}, max_steps=4)
-    run_train(none)
+    train_here(none)
     assert abs(losses(none, tmp_path)[1][2] - curves[0][1][2]) > 1e-3, "the control must fail"
 
 
-def test_resume_notices_other_rows(ray_local: None, pairs_file: str, tmp_path: Path) -> None:
+def test_resume_notices_other_rows(train_here: Callable[[JobSpec], list[str]], pairs_file: str, tmp_path: Path) -> None:
     copy = tmp_path / "rows.jsonl"
     with gzip.open(pairs_file, "rt") as stream:
         copy.write_text(stream.read())
     job = make_job("rows", tmp_path, str(copy), max_steps=4, checkpoint_every_steps=2)
-    run_train(job)
+    train_here(job)
     storage.remove(list_checkpoints(job)[-1].path)
     storage.remove(str(tmp_path / "rows" / "model"))
     kept = copy.read_text()
     copy.write_text(kept.replace("bucket", "basket", 1))
     with pytest.raises(TrainingError, match=r"rows of train\.data are not those that this run began with 2 steps ago"):
-        run_train(job)
+        train_here(job)
     copy.write_text(kept)
-    assert run_train(job).steps == 4
+    train_here(job)
+    assert [c.step for c in list_checkpoints(job)] == [2, 4]
 
 
 def test_resume_under_other_settings_is_refused_by_name(unbroken: tuple[JobSpec, Path], pairs_file: str) -> None:
@@ -337,29 +360,30 @@ def test_resume_under_other_settings_is_refused_by_name(unbroken: tuple[JobSpec,
     preflight(faster)  # these change no number of the run
 
 
-def test_damaged_or_incomplete_checkpoints(unbroken: tuple[JobSpec, Path], pairs_file: str, tmp_path: Path) -> None:
+def test_damaged_or_incomplete_checkpoints(train_here: Callable[[JobSpec], list[str]], pairs_file: str, tmp_path: Path) -> None:
     job = make_job("damaged", tmp_path, pairs_file, max_steps=8)
-    run_train(job)
+    train_here(job)
     newest = Path(list_checkpoints(job)[-1].path)
     # A folder without its manifest is what a crash in mid-write leaves: it does not count.
     (newest / "checkpoint.json").unlink()
     assert [c.step for c in list_checkpoints(job)] == [4]
     storage.remove(str(tmp_path / "damaged" / "model"))
-    assert run_train(job).steps == 8  # goes on from step 4
+    train_here(job)  # goes on from step 4
+    assert [c.step for c in list_checkpoints(job)] == [4, 8]
     part = next(newest.rglob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:-1])
     storage.remove(str(tmp_path / "damaged" / "model"))
     with pytest.raises(TrainingError, match=f"{part.name} is damaged"):
-        run_train(job)
+        train_here(job)
 
 
-def test_rows_left_out_are_told(ray_local: None, pairs_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_left_out_are_told(train_here: Callable[[JobSpec], list[str]], pairs_file: str, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed.jsonl"
     with gzip.open(pairs_file, "rt") as stream:
         mixed.write_text(stream.read() + '{"query": "x"}\nnot json\n')
     job = make_job("told", tmp_path, str(mixed), max_steps=1, workers={"num_workers": 1})
-    run_train(job)
-    assert "2 of 42 rows left out (1 x has no positive passage; 1 x is not JSON)" in capsys.readouterr().err
+    (note,) = train_here(job)
+    assert "2 of 42 rows left out (1 x has no positive passage; 1 x is not JSON)" in note
     rejects = [json.loads(line) for line in Path(RunFolder.of(job).rejects).read_text().splitlines()]
     assert [(r["file"], r["row"]) for r in rejects] == [(str(mixed), 41), (str(mixed), 42)]
 

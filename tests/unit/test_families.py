@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -158,3 +160,17 @@ def families_table() -> str:
         verdict = f"yes, {backend} attention" if backend in ("sdpa", "eager") else f"refused: {end}"
         lines.append(f"| {family} | {verdict} |")
     return "\n".join(lines)
+
+
+def test_models_loaded_by_several_threads_at_once_are_whole_and_so_are_later_ones(tiny_base: str) -> None:
+    """transformers patches its classes while it builds: two builds at once left every later model with untied weights."""
+    together = Barrier(4)
+
+    def load(_: int) -> Any:
+        together.wait()
+        return [load_causal_lm(tiny_base, ModelSpec(base=tiny_base)) for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        models = [model for loaded in pool.map(load, range(4)) for model in loaded]
+    for model in (*models, load_causal_lm(tiny_base, ModelSpec(base=tiny_base))):
+        assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,9 @@ from ullme_ray.spec.run_folder import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+# transformers changes its own classes while it builds a model, and puts back what it found: two threads that build at once (a
+# server that reloads one model while it loads another) would leave tied weights untied for the rest of the process.
+_BUILDING = threading.Lock()
 _HUB_IGNORED = ["original/*", "onnx/*", "openvino/*"]
 
 
@@ -105,7 +109,7 @@ def _load(
     last_error: Exception | None = None
     for backend in _backends(model.attention):
         try:
-            with torch.random.fork_rng(devices=[]):
+            with _BUILDING, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # a module that the folder has no weights for (BERT's pooler) is the same every time
                 module = auto_class.from_pretrained(
                     folder,
@@ -218,7 +222,7 @@ def try_family(config: Any, model: ModelSpec) -> tuple[str, int]:
     last_error: Exception | None = None
     for backend in _backends(model.attention):
         try:
-            with torch.random.fork_rng(devices=[]):
+            with _BUILDING, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 backbone = auto_class.from_config(
                     small, attn_implementation=backend, trust_remote_code=model.trust_remote_code
