@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+from s3_server import S3Server
 
 from ullme_ray import ray_data, storage
 from ullme_ray.embed import flow, plan_units, preflight, run_embed
@@ -69,10 +70,9 @@ class Corpus:
         return found
 
 
-@pytest.fixture(params=["local", "s3"])
-def corpus(request: pytest.FixtureRequest, tmp_path: Path, tiny_base: str) -> Corpus:
-    base = str(tmp_path) if request.param == "local" else request.getfixturevalue("s3").bucket(f"embed-{os.getpid()}")
-    return Corpus(base, tiny_base)
+@pytest.fixture
+def corpus(s3: S3Server, tiny_base: str) -> Corpus:
+    return Corpus(s3.bucket(f"embed-{os.getpid()}"), tiny_base)
 
 
 def make_rows(prefix: str, count: int) -> list[dict[str, Any]]:

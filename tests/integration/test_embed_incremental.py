@@ -128,16 +128,13 @@ def swap_texts_unseen(folder: Path) -> Callable[[], None]:
 
 
 def test_whatever_changes_a_vector_embeds_all_again(tmp_path: Path, tiny_base: str) -> None:
-    """One change after another, each beside those before it."""
+    """One change after another, each beside those before it; every setting alone: test_encoder.py, test_embed_parts.py."""
     write_files(tmp_path, make_rows(20), 1, "a")
     run_embed(make_job(tmp_path, tiny_base))
     changes: list[dict[str, Any]] = [
-        {"model__prompts": {"passage": "a key "}},
-        {"model__pooling": "lasttoken"},
-        {"model__max_tokens": 16},
+        {"model__prompts": {"passage": "a key "}, "model__pooling": "lasttoken", "model__max_tokens": 16},
         {"model__base": with_one_other_weight(tiny_base, tmp_path / "other")},
         {"input__chunks": {"tokens": 8, "overlap": 2}},
-        {"embed__output": {"dims": 16}},
         {"embed__output": {"dims": 16, "dtype": "int8"}},
     ]
     settings: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from s3_server import S3Server
 from typer.testing import CliRunner
 
 from ullme_ray import storage
@@ -27,9 +28,9 @@ NUM_ROWS = BLOCK_TEXTS + 60  # more than one block of queries and of passages
 WORDS = ["bucket", "object", "policy", "access", "makes", "private", "public", "deletes", "key", "table", "query", "value"]
 
 
-@pytest.fixture(params=["local", "s3"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3").bucket(f"mine-{os.getpid()}")
+@pytest.fixture
+def base(s3: S3Server) -> str:
+    return s3.bucket(f"mine-{os.getpid()}")
 
 
 def rows_of(seed: int, count: int) -> list[dict[str, Any]]:

@@ -186,7 +186,9 @@ def ranks_below(process: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def test_killed_thrice_once_with_another_number_of_ranks_ends_as_if_unbroken(pairs_file: str, tmp_path: Path) -> None:
+def test_killed_thrice_once_with_another_number_of_ranks_ends_as_if_unbroken(
+    train_here: Callable[[JobSpec], list[str]], pairs_file: str, tmp_path: Path
+) -> None:
     """32 steps: a rank dies, the driver dies, one rank goes on instead of two, all is killed with it, and two ranks end."""
     slow: dict[str, Any] = {"scratch": {"hidden_size": 128, "layers": 6, "heads": 4, "vocab_size": 300}}  # to be hit in mid-run
     settings = {"max_steps": 32, "checkpoint_every_steps": 3, "chunk_size": 1}
@@ -225,8 +227,7 @@ def test_killed_thrice_once_with_another_number_of_ranks_ends_as_if_unbroken(pai
         driver.wait()
         assert not psutil.wait_procs(tree[1:], timeout=60)[1]
 
-    unbroken = start(whole)
-    assert unbroken.wait() == 0, told.read_text()[-3000:]
+    train_here(whole)
 
     driver = start(job)
     wait_for_step(metrics, instants.randrange(4, 8))

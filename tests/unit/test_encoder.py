@@ -363,6 +363,8 @@ def test_fingerprint_covers_all_that_decides_the_ids(tiny_base: str, tmp_path: P
     config = tmp_path / "base" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"add_prefix_space": True}))
     assert encoder_fingerprint(job_of(folder)) != before
+    settings: list[dict[str, Any]] = [{}, {"pooling": "lasttoken"}, {"max_tokens": 16}, {"prompts": {"passage": "a key "}}]
+    assert len({encoder_fingerprint(job_of(folder, **changed)) for changed in settings}) == len(settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
