@@ -90,22 +90,17 @@ def fake_read(row: dict[str, Any], context: Any, attempts: Any) -> dict[str, Any
 
 class FakeActor:
     def __init__(self, context: Any, attempts: Any) -> None:
-        pass
+        self._context = context
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row
+        import pickle
 
+        from ullme_ray.embed.parts import Part
+        from ullme_ray.embed.steps import Forward, Outcome
 
-def fake_write(row: dict[str, Any], context: Any) -> dict[str, Any]:
-    import pickle
-
-    from ullme_ray.embed.parts import Part
-    from ullme_ray.embed.steps import Forward, Outcome
-
-    unit = pickle.loads(row["unit"])
-    part = Part(context.settings.key_of(unit), "0" * 16, 1, 1)
-    forward = Forward(num_tokens=1, num_positions=1, seconds=0.0, flop=0.0, peak_flop=0.0, actor="fake")
-    return {"unit": row["unit"], "work": pickle.dumps(Outcome(part, 1, 0, 0, 0, forward, 0))}
+        part = Part(self._context.settings.key_of(pickle.loads(row["unit"])), "0" * 16, 1, 1)
+        forward = Forward(num_tokens=1, num_positions=1, seconds=0.0, flop=0.0, peak_flop=0.0, actor="fake", not_compiled=None)
+        return {"unit": row["unit"], "work": pickle.dumps(Outcome(part, 1, 0, 0, 0, forward, 0))}
 
 
 def measure(folder: Path, units: int, scheduled: int) -> dict[str, float]:
@@ -140,7 +135,7 @@ def measure(folder: Path, units: int, scheduled: int) -> dict[str, float]:
         watch = TreeWatch()
         with Meter() as meter, watch:
             begun, first, count = time.monotonic(), 0.0, 0
-            for _ in flow.run_units(some, context, flow.Steps(fake_read, FakeActor, fake_write)):
+            for _ in flow.run_units(some, context, flow.Steps(fake_read, FakeActor)):
                 count += 1
                 first = first or time.monotonic() - begun
         assert count == scheduled
@@ -155,7 +150,7 @@ def measure(folder: Path, units: int, scheduled: int) -> dict[str, float]:
         found["dispatch_per_s"] = scheduled / cpu_s["pipeline"]
     ray.shutdown()
 
-    forward = Forward(num_tokens=1, num_positions=1, seconds=0.0, flop=0.0, peak_flop=0.0, actor="fake")
+    forward = Forward(num_tokens=1, num_positions=1, seconds=0.0, flop=0.0, peak_flop=0.0, actor="fake", not_compiled=None)
     with Meter() as meter:  # what the driver keeps of every unit until it commits
         made = (Part(key, content(key), ROWS_PER_UNIT, ROWS_PER_UNIT * 1043) for key in plan.missing_keys)
         outcomes = [Outcome(part, ROWS_PER_UNIT, 0, 0, 0, replace(forward), 0) for part in made]

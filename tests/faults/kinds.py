@@ -68,6 +68,20 @@ class KillWorker(Fault):
         return False
 
 
+class KillWriter(Fault):
+    """SIGKILL to an actor while it writes a part, and embeds the next one."""
+
+    def strike(self, bench: Workbench, trial: Trial, run: Run, chance: random.Random) -> bool:
+        deadline, before = time.monotonic() + _VICTIM_WAIT_S, len(run.events("writing"))
+        while time.monotonic() < deadline and not run.over:
+            if written := run.events("writing")[before:]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(written[-1]["pid"], signal.SIGKILL)
+                    return True
+            time.sleep(0.001)
+        return False
+
+
 class KillDriver(Fault):
     """A signal to the driver alone."""
 
@@ -184,7 +198,7 @@ FAULTS: dict[str, Fault] = {
     for fault in (
         KillWorker("actor", r"MapWorker.*EmbedActor"),
         KillWorker("read task", r"ray::.*read_step", by_reads=True),
-        KillWorker("write task", r"ray::.*write_step"),
+        KillWriter("write"),
         KillNode("node"),
         KillDriver("driver", signal.SIGKILL, -signal.SIGKILL),
         KillDriver("SIGTERM", signal.SIGTERM, 130),

@@ -19,7 +19,7 @@ from workbench import RUN_TIMEOUT_S, Run, Trial, Workbench, state_of_table
 
 MAX_RUNS = 8  # until one ends well, beside those that a fault ended
 LEFTOVERS_S = 30.0
-_OUR_WORK = re.compile(r"ray::.*(EmbedActor|read_step|write_step|_flow|_Counts)")
+_OUR_WORK = re.compile(r"ray::.*(EmbedActor|read_step|_flow|_Counts)")
 _JITTER_S = 0.4  # after the part at which an instant is due, so that instants fall between parts too
 
 

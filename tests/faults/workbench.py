@@ -250,11 +250,11 @@ class Trial:
         return dict(json.loads(storage.read_text(f"{self.root}/{JOB_NAME}/embed_report.json")))
 
     def embedded(self) -> Counter[str]:
-        """How often each unit was given to the model, over all runs."""
+        """How often the model computed all of a unit, over all runs."""
         begins: dict[Path, int] = {}
         for run in self.runs:
             begins.setdefault(run.trace, run.begin)
-        return Counter(event["unit"] for trace, begin in begins.items() for event in events_of(trace, begin, "embed"))
+        return Counter(event["unit"] for trace, begin in begins.items() for event in events_of(trace, begin, "embedded"))
 
     def parts_put(self) -> set[str]:
         """Names of the parts of this trial that the store took."""

@@ -1,4 +1,4 @@
-"""The Ray Data pipeline from units to parts: tasks read, a pool of actors embeds, tasks write. A unit is one block."""
+"""The Ray Data pipeline from units to parts: tasks read, a pool of actors embeds and writes. A unit is one block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ullme_ray.embed.steps import EmbedActor, EmbedContext, Outcome, outcome_of, read_step, unit_row, write_step
+from ullme_ray.embed.steps import EmbedActor, EmbedContext, Outcome, outcome_of, read_step, unit_row
 from ullme_ray.embed.units import Unit, embed_section
 from ullme_ray.errors import EmbedError
 from ullme_ray.ray_data import Attempts, Stage, configure_ray_data, explained, pool_limit, run_beside
@@ -26,7 +26,6 @@ class Steps:
 
     read: Callable[..., Any] = read_step
     actor: Callable[..., Any] = EmbedActor
-    write: Callable[..., Any] = write_step
 
 
 def run_units(units: list[Unit], context: EmbedContext, steps: Steps = Steps()) -> Iterator[Outcome]:
@@ -58,11 +57,15 @@ def _flow(units: list[Unit], context: EmbedContext, most_actors: int, steps: Ste
         .map(
             cast(Any, steps.actor),
             fn_constructor_args=(context, attempts),
-            compute=ray.data.ActorPoolStrategy(min_size=actors.min, max_size=most_actors),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=actors.min,
+                max_size=most_actors,
+                max_concurrent_calls_per_actor=EmbedActor.CALLS_AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=actors.cpus_per_actor,
             num_gpus=actors.gpus_per_actor,
         )
-        .map(steps.write, fn_args=(context,), num_cpus=1)
     )
     try:
         for row in dataset.iter_rows():

@@ -1,6 +1,8 @@
-"""The three steps of a unit on Ray: read and tokenize (CPU task), embed (actor with the model), write the part (CPU task).
+"""The two steps of a unit on Ray: read and tokenize (CPU task), then embed and write the part (actor with the model).
 
 Reading looks up every text in the table's index: what is known is copied, and of equal new texts one goes to the model.
+An actor writes what it embedded while it embeds the next unit, and takes no further one before: a crash costs the work on those
+two, and vectors never pass through Ray's object store.
 Between steps a unit is one row of bytes, so that Ray Data can neither split nor mix units. An error meant for the user travels
 the same way, for Ray Data would bury it in its own.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,16 +79,6 @@ class Forward:
     peak_flop: float  # what the device could have done in that time
     actor: str
     not_compiled: str | None  # why the layers were not compiled though the job asks for it
-
-
-@dataclass(frozen=True)
-class UnitVectors:
-    """A unit on its way to storage."""
-
-    texts: UnitTexts
-    vectors: np.ndarray  # (M, D) float32
-    forward: Forward
-    retries: int
 
 
 @dataclass(frozen=True)
@@ -194,10 +187,14 @@ def _tokenizer(job: JobSpec, fingerprint: str) -> TextTokenizer:
 
 
 class EmbedActor:
-    """Holds the model; one call embeds one unit."""
+    """Holds the model; one call embeds one unit and writes its part. Two calls at a time overlap these, on one model."""
+
+    CALLS_AT_ONCE = 2
 
     def __init__(self, context: EmbedContext, attempts: Attempts) -> None:
+        self._context = context
         self._attempts = attempts
+        self._embedding = threading.Lock()
         self._name = ray.get_runtime_context().get_actor_id() or ""
         self._encoder: Encoder | UllmeError
         try:
@@ -212,17 +209,23 @@ class EmbedActor:
     def __call__(self, row: Row) -> Row:
         return _advance(row, self._attempt)
 
-    def _attempt(self, unit: Unit, work: UnitTexts) -> UnitVectors:
+    def _attempt(self, unit: Unit, texts: UnitTexts) -> Outcome:
         with _counted("embedding", unit, self._attempts) as retries:
-            return self._embed(unit, work, retries)
+            with self._embedding:
+                vectors, forward = self._embed(unit, texts)
+                if retries:  # alone this time: one unit that ends its process must not end the writing of another every time
+                    return _write(unit, texts, vectors, forward, retries, self._context)
+            return _write(unit, texts, vectors, forward, retries, self._context)
 
-    def _embed(self, unit: Unit, work: UnitTexts, retries: int) -> UnitVectors:
+    def _embed(self, unit: Unit, texts: UnitTexts) -> tuple[np.ndarray, Forward]:
+        """The vectors (M, D) float32, and what they cost."""
         if isinstance(self._encoder, UllmeError):
             raise self._encoder
         from ullme_ray.model import Tokens
 
-        input_ids = [ids.tolist() for ids in np.split(work.ids, np.cumsum(work.lengths)[:-1])] if len(work.lengths) else []
-        tokens = Tokens(input_ids, work.prompt_length, work.truncated.tolist())
+        lengths = texts.lengths
+        input_ids = [ids.tolist() for ids in np.split(texts.ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
+        tokens = Tokens(input_ids, texts.prompt_length, texts.truncated.tolist())
         started, positions = time.perf_counter(), self._budget.positions
         vectors = self._encoder.embed_tokens(tokens, tokens_per_batch=self._budget)  # (M, D)
         seconds = time.perf_counter() - started
@@ -230,7 +233,7 @@ class EmbedActor:
             raise EmbedError(
                 f"the model gave vectors that are not finite for rows {unit.start} to {unit.stop} of {unit.file.path}"
             )
-        num_tokens = len(work.ids)
+        num_tokens = len(texts.ids)
         forward = Forward(
             num_tokens=num_tokens,
             num_positions=self._budget.positions - positions,
@@ -240,7 +243,7 @@ class EmbedActor:
             actor=self._name,
             not_compiled=self._not_compiled,
         )
-        return UnitVectors(work, vectors, forward, work.retries + retries)
+        return vectors, forward
 
 
 def sample_vectors(units: list[Unit], most: int, context: EmbedContext) -> np.ndarray:
@@ -289,24 +292,19 @@ def _speed_of(encoder: Encoder) -> tuple[float, float]:
     return 2.0 * non_embedding_parameters(encoder.backbone), peak_flops(encoder.device, dtype)
 
 
-def write_step(row: Row, context: EmbedContext) -> Row:
-    """Vectors -> a part in the table's folder, not yet in the table."""
-    return _advance(row, lambda unit, work: _write(unit, work, context))
-
-
-def _write(unit: Unit, work: UnitVectors, context: EmbedContext) -> Outcome:
-    texts = work.texts
-    vectors = context.settings.vectors
-    chunks = _in_order(texts, vectors.encode(work.vectors))
-    part = write_part(context.folder, context.job.name, unit, context.settings, build_part(texts.good, chunks, vectors))
+def _write(unit: Unit, texts: UnitTexts, vectors: np.ndarray, forward: Forward, retries: int, context: EmbedContext) -> Outcome:
+    """Vectors (M, D) -> a part in the table's folder, not yet in the table."""
+    settings = context.settings
+    chunks = _in_order(texts, settings.vectors.encode(vectors))
+    rows = build_part(texts.good, chunks, settings.vectors)
     return Outcome(
-        part=part,
+        part=write_part(context.folder, context.job.name, unit, settings, rows),
         num_embedded=len(texts.new_documents),
         num_copied=texts.good.num_rows - len(texts.new_documents),
         num_dead=texts.num_dead,
         num_truncated=int(chunks.truncated.sum()),
-        forward=work.forward,
-        retries=work.retries,
+        forward=forward,
+        retries=texts.retries + retries,
     )
 
 

@@ -1,6 +1,6 @@
-"""Loaded by every Python process that has this folder on PYTHONPATH: writes down the units that are read and embedded.
+"""Loaded by every Python process that has this folder on PYTHONPATH: writes down the units that are read, embedded, written.
 
-The job under test is not changed for it: two of its functions are wrapped when their modules are imported. A line is one JSON
+The job under test is not changed for it: three of its functions are wrapped when their modules are imported. A line is one JSON
 object in the file that FAULTS_TRACE names.
 """
 
@@ -37,14 +37,20 @@ def _hook_reading(module: ModuleType) -> None:
 
 
 def _hook_steps(module: ModuleType) -> None:
-    embed = module.EmbedActor._embed
+    embed, write = module.EmbedActor._embed, module._write
 
-    def traced(self: Any, unit: Any, work: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(work.ids):
-            _write("embed", f"{unit.file.path} {unit.start}")
-        return embed(self, unit, work, *args, **kwargs)
+    def traced_embed(self: Any, unit: Any, texts: Any) -> Any:
+        embedded = embed(self, unit, texts)
+        if len(texts.ids):
+            _write("embedded", f"{unit.file.path} {unit.start}")
+        return embedded
 
-    module.EmbedActor._embed = traced
+    def traced_write(unit: Any, *args: Any) -> Any:
+        _write("writing", f"{unit.file.path} {unit.start}")
+        return write(unit, *args)
+
+    module.EmbedActor._embed = traced_embed
+    module._write = traced_write
 
 
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {
