@@ -15,13 +15,14 @@ import httpx
 import numpy as np
 import pytest
 from ray import cloudpickle
+from ray.serve import Application
 
 from ullme_ray.errors import ServeError, UllmeError
 from ullme_ray.serve import build_app, front
 from ullme_ray.serve.app import create_api
 from ullme_ray.serve.keys import KeyRing
 from ullme_ray.serve.schemas import ApiError, EmbedCall, EmbedReply, ServedModel
-from ullme_ray.spec import parse_job
+from ullme_ray.spec import JobSpec, parse_job
 from ullme_ray.spec.job import ServeSpec
 from ullme_ray.spec.secrets import SecretRef
 
@@ -388,3 +389,18 @@ def test_what_is_handed_to_ray_holds_the_keys_reference_and_not_the_keys(monkeyp
     pickled = cloudpickle.dumps(build_app(job))
     assert b"ULLME_TEST_KEYS" in pickled
     assert b"planted-key" not in pickled
+
+
+def test_an_update_replaces_only_processes_that_are_told_something_new() -> None:
+    def versions(**changed: Any) -> dict[str, str]:
+        tree = {"name": "tiny", "model": {"base": "./x"}, "serve": {"api_keys": "env:ULLME_TEST_KEYS", **changed}}
+        listener = build_app(JobSpec.model_validate(tree), ("127.0.0.1", 8000))._bound_deployment
+        (replica,) = [arg._bound_deployment for arg in listener.init_args if isinstance(arg, Application)]
+        return {"listener": listener.version, "replica": replica.version}
+
+    plain = versions()
+    assert versions(replicas={"min": 2, "max": 5}) == plain
+    other = versions(max_body_bytes=10_000)
+    assert plain["listener"] != other["listener"]
+    other = versions(reload_s=77.0)
+    assert plain["replica"] != other["replica"]

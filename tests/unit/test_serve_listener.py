@@ -88,6 +88,38 @@ def test_the_second_listener_takes_over_and_running_requests_are_finished() -> N
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
+def test_no_connection_is_refused_while_one_listener_follows_another() -> None:
+    """Each request comes on a connection of its own; five listeners end one after another, each with a successor that waits."""
+
+    async def test() -> None:
+        port, over = free_port(), asyncio.Event()
+        now = await listener(port, FakeReplicas())
+
+        async def ask() -> int:
+            count = 0
+            while not over.is_set():
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                assert (await reader.read()).startswith(b"HTTP/1.1 200")
+                writer.close()
+                count += 1
+            return count
+
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            await until_up(client)
+        clients = [asyncio.create_task(ask()) for _ in range(4)]
+        for _ in range(5):
+            successor = await listener(port, FakeReplicas())
+            await asyncio.sleep(0.2)
+            await end(now)
+            now = successor
+        over.set()
+        assert sum(await asyncio.gather(*clients)) > 100
+        await end(now)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
 def test_a_listener_that_never_got_the_port_ends_at_once() -> None:
     async def test() -> None:
         with socket.socket() as holder:

@@ -1,8 +1,8 @@
 """The process that listens: the HTTP side as a Ray Serve deployment, small and without torch.
 
 `Listener` opens the port itself. Ray Serve's HTTP proxy would take each request through two more processes and cost as much as
-a small model's forward. Two listeners run, and the port is their lock: the one that holds it answers, the other tries to bind
-it all the time and takes over within `_TAKEOVER_S` of the first one's death. Serve then starts another.
+a small model's forward. Two listeners run: one holds the port and answers, the other waits for it and takes over when the first
+one dies, in milliseconds, or ends in good order, without a gap (`ullme_ray.serve.port`). Serve then starts another.
 
 `Ingress` is the same API behind Serve's proxy, for where something else expects that one (KubeRay's RayService).
 """
@@ -13,8 +13,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,14 @@ from ullme_ray.serve import access
 from ullme_ray.serve.app import create_api
 from ullme_ray.serve.backend import ReplicaBackend, Target
 from ullme_ray.serve.embedder import SWITCH_INTERVAL_S
+from ullme_ray.serve.port import Port
 from ullme_ray.spec.job import ServeSpec
 
 logger = logging.getLogger("ray.serve")
 
-_TAKEOVER_S = 0.05
 _KEEP_ALIVE_S = 75.0  # longer than clients keep an idle connection, so that none is cut as it sends its next request
+_LAST_REQUESTS_S = 1.0  # for open connections to ask once more and be told that this was the last time
 _DRAIN_S = 20.0  # for running requests when the listener is told to end
-_BACKLOG = 2048
 
 
 class Ingress:
@@ -72,12 +72,11 @@ class Listener:
             lifespan="on",
         )
         self._server = _Server(config)
-        self._task = asyncio.create_task(self._listen(address))
+        self._port = Port(*address)
+        self._task = asyncio.create_task(self._listen())
 
-    async def _listen(self, address: tuple[str, int]) -> None:
-        while (listening := _bind(address)) is None:
-            await asyncio.sleep(_TAKEOVER_S)
-        await self._server.serve(sockets=[listening])
+    async def _listen(self) -> None:
+        await self._server.serve(sockets=[await self._port.take()])
 
     async def check_health(self) -> None:
         """Asked by Serve, which replaces this process when it raises."""
@@ -85,7 +84,9 @@ class Listener:
             raise RuntimeError("the listener has ended")
 
     async def __del__(self) -> None:
-        """Called by Serve before it ends this process: closes the port, and lets running requests finish."""
+        """Called by Serve before it ends this process: gives the port away, and lets running requests finish."""
+        self._port.pass_on()
+        await self._server.finish_connections(_LAST_REQUESTS_S)
         self._server.should_exit = True
         if not self._server.started:
             self._task.cancel()
@@ -98,6 +99,22 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:  # they are Ray's
         yield
 
+    async def finish_connections(self, seconds: float) -> None:
+        """Accepts none, and answers what comes on the open ones as their last request: uvicorn cuts what it thinks idle."""
+        loop, servers = asyncio.get_running_loop(), getattr(self, "servers", [])
+        for listening in (listening for server in servers for listening in server.sockets):
+            loop.remove_reader(
+                listening.fileno()
+            )  # asyncio would cut what it has accepted in this very moment; uvloop does not
+        await asyncio.sleep(0.02)
+        for server in servers:
+            server.close()
+        self.config.encoded_headers.append((b"connection", b"close"))
+        self.server_state.default_headers = self.config.encoded_headers
+        deadline = time.monotonic() + seconds
+        while self.server_state.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
 
 def make_api(
     settings: ServeSpec, targets: Sequence[tuple[Sequence[str], bool]], replicas: Sequence[DeploymentHandle[Any]]
@@ -107,18 +124,3 @@ def make_api(
         access.log_to(Path(get_serve_logs_dir()), os.getpid())
     found = [Target(names, handle, may_sleep) for (names, may_sleep), handle in zip(targets, replicas, strict=True)]
     return create_api(found[0].names[0], settings, ReplicaBackend(found))
-
-
-def _bind(address: tuple[str, int]) -> socket.socket | None:
-    """A socket that listens there, or None while another process holds the port."""
-    host, port = address
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(_BACKLOG)
-    except OSError:
-        listening.close()
-        return None
-    listening.setblocking(False)
-    return listening

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
+import ullme_ray
 from ullme_ray.errors import ServeError
 from ullme_ray.serve.embedder import Embedder
 from ullme_ray.serve.ingress import Ingress, Listener
@@ -39,6 +41,7 @@ UPSCALE_DELAY_S = 5.0
 DRAIN_S = 60.0  # for the requests of a replica that is told to end
 LISTENERS = 2  # one answers, one is ready to take over
 INGRESS_CPUS = 0.1
+_ONE_MORE = 1  # percent, which Serve rounds up to one replica more than wanted, while it replaces them
 _HEAD_NODE = {"node:__internal_head__": 0.001}  # a resource that Ray gives every head node
 # Ray Serve's own switch: no thread of their own for a replica's code and for the router, and answers by gRPC. Alone it would
 # also open an HTTP port of Serve's in the listener, without our keys and limits, and keep one that shall end alive for 30 s.
@@ -153,7 +156,7 @@ def build_app(job: JobSpec, address: tuple[str, int] | None = None) -> Applicati
     """
     settings = _settings(job)
     served = served_models(job)
-    replicas = [_embedder(model, position, settings).bind(_without_pools(model)) for position, model in enumerate(served)]
+    replicas = [_embedder(model, position, settings) for position, model in enumerate(served)]
     front = settings.model_copy(update={"replicas": ReplicasSpec(), "models": (), "adapters": ()})
     targets = [(model.names, model.pool.min == 0) for model in served]
     common: dict[str, Any] = {
@@ -172,20 +175,31 @@ def build_app(job: JobSpec, address: tuple[str, int] | None = None) -> Applicati
         # No CPU of Ray's: a head that has none to give, or gave its last to a replica, would never get its listeners.
         ray_actor_options={"num_cpus": 0, "resources": _HEAD_NODE, "runtime_env": _SHORT_WAYS},
         graceful_shutdown_timeout_s=DRAIN_S,  # then it is killed, and its connections are cut
+        max_surge_percent=_ONE_MORE,
         **common,
     )
-    return listener.bind(front, address, targets, *replicas)
+    return _bound(listener, front, address, targets, handles=replicas)
+
+
+def _bound(deployment: Any, *args: Any, handles: Sequence[Application] = ()) -> Application:
+    """The deployment with what its replicas are given, and a version made of that.
+
+    Serve would make up a version at each update, and replace every process at a change that it does not even know of, such as
+    its pool's size.
+    """
+    version = hashlib.sha256(repr((ullme_ray.__version__, args)).encode()).hexdigest()[:16]
+    return deployment.options(version=version, _internal=True).bind(*args, *handles)  # type: ignore[no-any-return]
 
 
 def _without_pools(model: Served) -> Served:
-    """For a replica: a change of what it does not know of, such as its pool's size, is no reason to replace it."""
+    """What a replica knows of its model: not how many there are."""
     assert model.job.serve is not None
     settings = model.job.serve.model_copy(update={"replicas": ReplicasSpec(), "models": (), "adapters": ()})
     return replace(model, job=model.job.model_copy(update={"serve": settings}), pool=ReplicasSpec())
 
 
-def _embedder(model: Served, position: int, settings: ServeSpec) -> Any:
-    return serve.deployment(Embedder, name="Embedder" if position == 0 else f"Embedder-{position}").options(  # type: ignore[attr-defined]
+def _embedder(model: Served, position: int, settings: ServeSpec) -> Application:
+    deployment = serve.deployment(Embedder, name="Embedder" if position == 0 else f"Embedder-{position}").options(  # type: ignore[attr-defined]
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,
             "num_gpus": settings.gpus_per_replica,
@@ -196,7 +210,21 @@ def _embedder(model: Served, position: int, settings: ServeSpec) -> Any:
         health_check_period_s=1.0,  # how soon a dead replica is replaced
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=DRAIN_S,
+        max_surge_percent=_ONE_MORE if _has_room(settings) else 0,
         **_replicas(model.pool),
+    )
+    return _bound(deployment, _without_pools(model))
+
+
+def _has_room(settings: ServeSpec) -> bool:
+    """Whether a replica's successor can start before the replica ends. Without room it would wait for it for ever."""
+    if not ray.is_initialized():
+        return False
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node().values()
+    return any(
+        node.get("CPU", 0) >= settings.cpus_per_replica and node.get("GPU", 0) >= settings.gpus_per_replica for node in free
     )
 
 
