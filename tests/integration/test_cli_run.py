@@ -36,7 +36,7 @@ def folder(tmp_path: Path, tiny_base: str) -> Path:
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (tmp_path / "job.yaml").write_text(JOB.format(base=tiny_base, steps=600))
+    (tmp_path / "job.yaml").write_text(JOB.format(base=tiny_base, steps=200))
     return tmp_path
 
 
@@ -73,7 +73,7 @@ def test_interrupted_run_stops_cleanly_and_the_same_command_goes_on(folder: Path
     told = ""
     for line in run.stderr:
         told += line
-        if (step := re.search(r"train: (\d+)/600 steps", line)) and int(step[1]) >= 20:
+        if (step := re.search(r"train: (\d+)/200 steps", line)) and int(step[1]) >= 20:
             break
     assert run.poll() is None, told
     os.killpg(run.pid, signal.SIGINT)
@@ -88,8 +88,8 @@ def test_interrupted_run_stops_cleanly_and_the_same_command_goes_on(folder: Path
     assert again.returncode == 0, errors
     resumed = re.search(r"train: resumes after step (\d+)", errors)
     assert resumed
-    assert 20 <= int(resumed[1]) < 600
-    assert "trained: 600 steps" in output
+    assert 20 <= int(resumed[1]) < 200
+    assert "trained: 200 steps" in output
     assert "Q: who deletes a bucket" in output
     parity = dict(re.findall(r"(\w+ = \w+) ([01]\.\d+)", output))
     assert set(parity) == {"export = served", "export = table", "served = table"}

@@ -65,9 +65,8 @@ def test_int8_keeps_its_ranges_and_other_settings_embed_all_again(tmp_path: Path
     assert {i: now[i] for i in first} == first
     assert [now[f"b-{n}"] for n in range(1, 5)] == [first[f"a-{n}"] for n in range(1, 5)]
 
-    for output, width in (({"dtype": "uint8"}, 32), ({"dtype": "ubinary"}, 4), ({"mantissa_bits": 10}, 32)):
-        other = run_embed(make_job(tmp_path, tiny_base, **output), progress=False)
-        assert (other.rows_embedded, other.rows_copied) == (45, 0)
-        assert {len(row) for row in stored(tmp_path).values()} == {width}
-        hits = search(make_job(tmp_path, tiny_base, **output), "a table of its own", top_k=5)
-        assert "b-0" in {hit.id for hit in hits}
+    bits = make_job(tmp_path, tiny_base, dtype="ubinary")
+    other = run_embed(bits, progress=False)
+    assert (other.rows_embedded, other.rows_copied) == (45, 0)
+    assert {len(row) for row in stored(tmp_path).values()} == {4}
+    assert "b-0" in {hit.id for hit in search(bits, "a table of its own", top_k=5)}

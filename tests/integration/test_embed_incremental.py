@@ -134,8 +134,7 @@ def test_whatever_changes_a_vector_embeds_all_again(tmp_path: Path, tiny_base: s
     changes: list[dict[str, Any]] = [
         {"model__prompts": {"passage": "a key "}, "model__pooling": "lasttoken", "model__max_tokens": 16},
         {"model__base": with_one_other_weight(tiny_base, tmp_path / "other")},
-        {"input__chunks": {"tokens": 8, "overlap": 2}},
-        {"embed__output": {"dims": 16, "dtype": "int8"}},
+        {"input__chunks": {"tokens": 8, "overlap": 2}, "embed__output": {"dims": 16, "dtype": "int8"}},
     ]
     settings: dict[str, Any] = {}
     for change in changes:

@@ -190,7 +190,7 @@ def test_killed_thrice_once_with_another_number_of_ranks_ends_as_if_unbroken(
     train_here: Callable[[JobSpec], list[str]], pairs_file: str, tmp_path: Path
 ) -> None:
     """32 steps: a rank dies, the driver dies, one rank goes on instead of two, all is killed with it, and two ranks end."""
-    slow: dict[str, Any] = {"scratch": {"hidden_size": 128, "layers": 6, "heads": 4, "vocab_size": 300}}  # to be hit in mid-run
+    slow: dict[str, Any] = {"scratch": {"hidden_size": 96, "layers": 4, "heads": 4, "vocab_size": 300}}  # to be hit in mid-run
     settings = {"max_steps": 32, "checkpoint_every_steps": 3, "chunk_size": 1}
     whole = make_job("whole", tmp_path, pairs_file, model=slow, **settings)
     job = make_job("killed", tmp_path, pairs_file, model=slow, **settings)
