@@ -11,7 +11,9 @@ import shutil
 import signal
 import socket
 import struct
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,6 +314,53 @@ def test_replicas_killed_under_load_fail_no_request(running: Running, victims: i
     asyncio.run(ask_all())
     assert killed_at == [25]
     assert not set(pids[:victims]) & set(replica_pids("Embedder"))
+
+
+def test_a_smaller_pool_and_changed_settings_fail_no_request(running: Running) -> None:
+    """Each request comes on a connection of its own and is asked once, while replicas and then listeners are replaced."""
+    texts = some_texts(8, seed=9)
+    expected, body = running.encoder.encode(texts), {"input": texts, "model": running.job.name}
+    over, answers = threading.Event(), list[int]()
+
+    def ask() -> None:
+        while not over.is_set():
+            with running.http() as client:
+                answer = client.post("/v1/embeddings", json=body)
+            assert answer.status_code == 200, answer.text
+            assert_same([item["embedding"] for item in answer.json()["data"]], expected)
+            answers.append(answer.status_code)
+
+    def change(**settings: object) -> None:
+        changed = running.job.serve.model_copy(update=settings)  # type: ignore[union-attr]
+        running.server.update(running.job.model_copy(update={"serve": changed}))
+
+    one = running.job.serve.replicas.model_copy(update={"min": 1, "max": 1})  # type: ignore[union-attr]
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(ask) for _ in range(3)]
+        try:
+            listeners, replicas = set(replica_pids("Ingress")), set(replica_pids("Embedder"))
+            change(replicas=one)
+            until(lambda: len(replica_pids("Embedder")) == 1)
+            left = set(replica_pids("Embedder"))
+            assert left < replicas
+            assert set(replica_pids("Ingress")) == listeners
+            change(replicas=one, tokens_per_batch=500)
+            until(lambda: not left & set(replica_pids("Embedder")))
+            until(lambda: not listeners & set(replica_pids("Ingress")))
+            change()
+            until(lambda: len(replica_pids("Embedder")) == 2)
+        finally:
+            over.set()
+        for client in clients:
+            client.result()
+    assert len(answers) > 20
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_no_key_and_no_text_reaches_a_log_or_an_environment(running: Running) -> None:

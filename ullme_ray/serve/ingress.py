@@ -103,9 +103,7 @@ class _Server(uvicorn.Server):
         """Accepts none, and answers what comes on the open ones as their last request: uvicorn cuts what it thinks idle."""
         loop, servers = asyncio.get_running_loop(), getattr(self, "servers", [])
         for listening in (listening for server in servers for listening in server.sockets):
-            loop.remove_reader(
-                listening.fileno()
-            )  # asyncio would cut what it has accepted in this very moment; uvloop does not
+            loop.remove_reader(listening.fileno())  # asyncio, unlike uvloop, cuts what it accepts in the moment it closes
         await asyncio.sleep(0.02)
         for server in servers:
             server.close()
