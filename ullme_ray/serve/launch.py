@@ -188,7 +188,8 @@ def _bound(deployment: Any, *args: Any, handles: Sequence[Application] = ()) -> 
     its pool's size.
     """
     version = hashlib.sha256(repr((ullme_ray.__version__, args)).encode()).hexdigest()[:16]
-    return deployment.options(version=version, _internal=True).bind(*args, *handles)  # type: ignore[no-any-return]
+    bound: Application = deployment.options(version=version, _internal=True).bind(*args, *handles)
+    return bound
 
 
 def _without_pools(model: Served) -> Served:

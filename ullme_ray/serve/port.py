@@ -82,10 +82,10 @@ class Port:
             holder.setblocking(False)
             try:
                 await loop.sock_connect(holder, str(self._meeting))
-                readable = loop.create_future()
-                loop.add_reader(holder, lambda: readable.done() or readable.set_result(None))
+                readable = asyncio.Event()
+                loop.add_reader(holder, readable.set)
                 try:
-                    await readable
+                    await readable.wait()
                 finally:
                     loop.remove_reader(holder)
                 _, given, _, _ = socket.recv_fds(holder, 1, 1)
