@@ -129,10 +129,16 @@ def test_run_learns_exports_and_does_nothing_twice(unbroken: tuple[JobSpec, Path
     assert run_train(job).already_done
 
 
-def test_zero_3_gives_the_same_losses(unbroken: tuple[JobSpec, Path], pairs_file: str, tmp_path: Path) -> None:
+def test_zero_3_gives_the_same_losses_and_tells_of_rows_left_out(
+    unbroken: tuple[JobSpec, Path], pairs_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The gradients of all four stages on one to three ranks: test_zero_gradients.py."""
-    job = make_job("unbroken", tmp_path, pairs_file, deepspeed={"zero_stage": 3})
+    mixed = tmp_path / "mixed.jsonl"
+    with gzip.open(pairs_file, "rt") as stream:
+        mixed.write_text(stream.read() + "not json\n")
+    job = make_job("unbroken", tmp_path, str(mixed), deepspeed={"zero_stage": 3})
     run_train(job)
+    assert "1 of 41 rows left out (1 x is not JSON)" in capsys.readouterr().err
     assert_same_losses(losses(*unbroken), losses(job, tmp_path))
     ours, theirs = open_encoder(job).encode(WORDS), open_encoder(unbroken[0]).encode(WORDS)
     assert (ours * theirs).sum(axis=1).min() > 0.999999
@@ -300,6 +306,7 @@ def test_validation_keeps_and_exports_the_best_and_stops_early(
     assert logged == validations
     # The export holds the best weights, and an independent measurement of it gives the number that was logged.
     assert measured_ndcg(job, heldout, k=3) == pytest.approx(validations[best], abs=1e-6)
+    assert run_train(job).already_done
     last = make_job("last", tmp_path, pairs_file, max_steps=2, validation={**validation, "export": "last"})
     with pytest.raises(DataError, match=r"train\.validation\.path = /nowhere: .*does not exist"):
         preflight(make_job("none", tmp_path, pairs_file, validation={"path": "/nowhere"}))

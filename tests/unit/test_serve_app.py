@@ -391,16 +391,31 @@ def test_what_is_handed_to_ray_holds_the_keys_reference_and_not_the_keys(monkeyp
     assert b"planted-key" not in pickled
 
 
-def test_an_update_replaces_only_processes_that_are_told_something_new() -> None:
-    def versions(**changed: Any) -> dict[str, str]:
-        tree = {"name": "tiny", "model": {"base": "./x"}, "serve": {"api_keys": "env:ULLME_TEST_KEYS", **changed}}
-        listener = build_app(JobSpec.model_validate(tree), ("127.0.0.1", 8000))._bound_deployment
-        (replica,) = [arg._bound_deployment for arg in listener.init_args if isinstance(arg, Application)]
-        return {"listener": listener.version, "replica": replica.version}
+def versions(tree: dict[str, Any], **changed: Any) -> dict[str, str]:
+    """What Ray Serve goes by when it decides which processes an update replaces."""
+    serve = {"api_keys": "env:ULLME_TEST_KEYS", **changed}
+    listener = build_app(JobSpec.model_validate({**tree, "serve": serve}), ("127.0.0.1", 8000))._bound_deployment
+    (replica,) = [arg._bound_deployment for arg in listener.init_args if isinstance(arg, Application)]
+    return {"listener": listener.version, "replica": replica.version}
 
-    plain = versions()
-    assert versions(replicas={"min": 2, "max": 5}) == plain
-    other = versions(max_body_bytes=10_000)
+
+def test_an_update_replaces_only_processes_that_are_told_something_new() -> None:
+    tree = {"name": "tiny", "model": {"base": "./x"}}
+    plain = versions(tree)
+    assert versions(tree, replicas={"min": 2, "max": 5}) == plain
+    other = versions(tree, tokens_per_batch=77)
     assert plain["listener"] != other["listener"]
-    other = versions(reload_s=77.0)
     assert plain["replica"] != other["replica"]
+
+
+def test_an_update_takes_up_a_newly_published_model_unless_replicas_do_so_themselves(tmp_path: Path) -> None:
+    tree = {"name": "tiny", "storage": str(tmp_path), "model": {"base": "./x"}, "train": {"data": [{"path": "x.jsonl"}]}}
+    export = tmp_path / "tiny" / "model"
+    export.mkdir(parents=True)
+    (export / "modules.json").write_text("[]")
+    before, reloading = versions(tree), versions(tree, reload_s=5)
+    (export / "model.safetensors").write_bytes(b"other weights")
+    after = versions(tree)
+    assert before["listener"] == after["listener"]
+    assert before["replica"] != after["replica"]
+    assert versions(tree, reload_s=5) == reloading

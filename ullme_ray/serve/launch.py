@@ -28,7 +28,7 @@ from ullme_ray.errors import ServeError
 from ullme_ray.serve.embedder import Embedder
 from ullme_ray.serve.ingress import Ingress, Listener
 from ullme_ray.serve.keys import KeyRing
-from ullme_ray.serve.models import Served, served_models
+from ullme_ray.serve.models import Served, published_version, served_models
 from ullme_ray.serve.warden import Guard, clear_leftover
 from ullme_ray.spec.job import JobSpec, ReplicasSpec, ServeSpec
 
@@ -181,13 +181,16 @@ def build_app(job: JobSpec, address: tuple[str, int] | None = None) -> Applicati
     return _bound(listener, front, address, targets, handles=replicas)
 
 
-def _bound(deployment: Any, *args: Any, handles: Sequence[Application] = ()) -> Application:
+def _bound(deployment: Any, *args: Any, handles: Sequence[Application] = (), files: object = None) -> Application:
     """The deployment with what its replicas are given, and a version made of that.
 
     Serve would make up a version at each update, and replace every process at a change that it does not even know of, such as
     its pool's size.
+
+    Args:
+        files: tells the files that a replica reads when it starts from those of another time.
     """
-    version = hashlib.sha256(repr((ullme_ray.__version__, args)).encode()).hexdigest()[:16]
+    version = hashlib.sha256(repr((ullme_ray.__version__, args, files)).encode()).hexdigest()[:16]
     bound: Application = deployment.options(version=version, _internal=True).bind(*args, *handles)
     return bound
 
@@ -214,7 +217,8 @@ def _embedder(model: Served, position: int, settings: ServeSpec) -> Application:
         max_surge_percent=_ONE_MORE if _has_room(settings) else 0,
         **_replicas(model.pool),
     )
-    return _bound(deployment, _without_pools(model))
+    files = None if settings.reload_s else published_version(model)  # with reload_s replicas take up new files by themselves
+    return _bound(deployment, _without_pools(model), files=files)
 
 
 def _has_room(settings: ServeSpec) -> bool:
