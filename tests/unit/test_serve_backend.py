@@ -47,6 +47,9 @@ class FakeReplicas:
         self.open = asyncio.Event()
         self.open.set()
 
+    def options(self, **_: Any) -> FakeReplicas:
+        return self
+
     def __getattr__(self, method: str) -> Any:
         return Method(self, method)
 

@@ -120,5 +120,10 @@ def make_api(
     """The routes over the deployments: for each the names it serves and whether it scales to zero, and its handle."""
     if settings.access_log and ray.is_initialized():
         access.log_to(Path(get_serve_logs_dir()), os.getpid())
-    found = [Target(names, handle, may_sleep) for (names, may_sleep), handle in zip(targets, replicas, strict=True)]
+    # By gRPC, which is quicker than a call of an actor. Said here, since the handles come with the defaults of the driver.
+    ways = [
+        replica.options(_by_reference=False, request_serialization="pickle", response_serialization="pickle")
+        for replica in replicas
+    ]
+    found = [Target(names, way, may_sleep) for (names, may_sleep), way in zip(targets, ways, strict=True)]
     return create_api(found[0].names[0], settings, ReplicaBackend(found))

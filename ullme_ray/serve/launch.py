@@ -43,7 +43,7 @@ LISTENERS = 2  # one answers, one is ready to take over
 INGRESS_CPUS = 0.1
 _ONE_MORE = 1  # percent, which Serve rounds up to one replica more than wanted, while it replaces them
 _HEAD_NODE = {"node:__internal_head__": 0.001}  # a resource that Ray gives every head node
-# Ray Serve's own switch: no thread of their own for a replica's code and for the router, and answers by gRPC. Alone it would
+# Ray Serve's own switch: no thread of their own for a replica's code and for the router. Alone it would
 # also open an HTTP port of Serve's in the listener, without our keys and limits, and keep one that shall end alive for 30 s.
 _SHORT_WAYS = {"env_vars": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}}
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
