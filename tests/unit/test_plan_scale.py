@@ -33,6 +33,8 @@ def test_the_slowest_part_is_the_limit() -> None:
     driver = simulate(1600, 100, replace(EVEN, dispatch_per_s=0.1))
     assert driver.limit == "the driver"
     assert driver.embed_s == pytest.approx(15 / 0.1 + 10)  # the last unit is handed out after 150 s
+    assert "embed.rows_per_unit = 1024 " in driver.to_text()
+    assert simulate(16_000, 1024, replace(EVEN, dispatch_per_s=0.1)).limit == "the GPUs"
     writing = simulate(1600, 100, replace(EVEN, bytes_per_document=1e6, write_mb_per_s=5))  # 100 MB a unit: 20 s
     assert (writing.limit, writing.embed_s) == ("writing", pytest.approx(80))
 

@@ -118,6 +118,14 @@ def test_every_field_of_a_call_does_what_it_says(replica: Embedder, encoder: Enc
     run(test())
 
 
+@pytest.mark.parametrize(("wanted", "found"), [(77, [77]), ("auto", [256, 512, 1024, 2048, 4096, 8192])])
+def test_a_batch_holds_what_the_job_says_or_what_was_timed(
+    tmp_path: Path, tiny_base: str, wanted: object, found: list[int]
+) -> None:
+    (served,) = served_models(make_job(tmp_path, tiny_base, tokens_per_batch=wanted))
+    assert run(Embedder(served).describe("tiny")).value.tokens_per_batch in found
+
+
 def test_the_end_of_a_text_is_kept_with_its_prompt(encoder: Encoder) -> None:
     tokenizer = encoder.tokenizer
     long = " ".join(f"key{n}" for n in range(60))

@@ -100,12 +100,19 @@ def _has_memory_for(forward: Callable[[list[int]], None], rows: list[int]) -> bo
     return False
 
 
-def find_budget(forward: Callable[[int], None], device: str, *, clock: Callable[[], float] = time.perf_counter) -> TokenBudget:
+def find_budget(
+    forward: Callable[[int], None],
+    device: str,
+    *,
+    limit_s: float = _SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TokenBudget:
     """Times batches of growing size and takes the smallest that is within 3 % of the best.
 
     Args:
         forward: runs the model once over about as many tokens as it is told, and waits for the result.
         device: cpu or cuda.
+        limit_s: of timing, about; with less, large batches of a slow model stay untried.
         clock: in seconds.
     """
     candidates = _CANDIDATES[device]
@@ -121,7 +128,7 @@ def find_budget(forward: Callable[[int], None], device: str, *, clock: Callable[
         return _has_memory_for(run, [])
 
     fits = timed(candidates[0])  # warms up, and is not counted
-    left = _SECONDS - sum(seconds)
+    left = limit_s - sum(seconds)
     for tokens in candidates:
         seconds_before = min(seconds, default=0.0)
         if not fits or 2 * seconds_before > left:

@@ -149,8 +149,8 @@ class Encoder:
         pooled = encode_batch(self.backbone, batch, self.settings.pooling, self.head, bidirectional=both_ways, normalize=False)
         return pooled.cpu().numpy()
 
-    def find_budget(self) -> TokenBudget:
-        """The number of tokens in a batch that this model runs fastest with on this device; takes a few seconds."""
+    def find_budget(self, *, limit_s: float = 20.0) -> TokenBudget:
+        """The number of tokens in a batch that this model runs fastest with on this device; takes up to `limit_s`, about."""
         length = min(_TIMED_LENGTH, self.settings.max_tokens)
         text = [1 % self.tokenizer.hf.vocab_size] * length
 
@@ -158,7 +158,7 @@ class Encoder:
             count = max(1, num_tokens // length)
             self.embed_tokens(Tokens([text] * count, 0, [False] * count), tokens_per_batch=num_tokens)
 
-        return find_budget(forward, self.device.type)
+        return find_budget(forward, self.device.type, limit_s=limit_s)
 
 
 def encoder_folder(job: JobSpec, which: Which = "trained") -> str:

@@ -82,6 +82,18 @@ class ScalePlan:
         """Of the run, that the driver plans and commits while no process embeds."""
         return (self.seconds - self.start_s - self.embed_s) / self.seconds
 
+    def _larger_units(self) -> str | None:
+        """How large units must be for the driver not to hold the GPUs up."""
+        if self.limit != "the driver":
+            return None
+        costs = self.costs
+        documents_per_s = min(
+            costs.gpus * costs.tokens_per_s / costs.tokens_per_document,
+            costs.gpus * costs.write_mb_per_s * 1e6 / costs.bytes_per_document,
+        )
+        rows = 2 ** math.ceil(math.log2(2 * documents_per_s / costs.dispatch_per_s))  # so that it has half of its time to spare
+        return f"too small, the processes wait for the driver; embed.rows_per_unit = {rows} would leave it half of its time"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"seconds": self.seconds, "own_share": self.own_share}
 
@@ -98,6 +110,7 @@ class ScalePlan:
             f"  driver      {self.own_share:.2%} of the run is its own work ({verdict} {_OWN_SHARE:.0%}); "
             f"{_size(self.driver_memory_bytes)} of memory; hands out {self.units / self.embed_s:,.1f} of the "
             f"{costs.dispatch_per_s:,.0f} units/s that it can",
+            *([f"  units       {advice}"] if (advice := self._larger_units()) else []),
             f"  table       {self.units:,} parts, {_size(self.table_bytes)}; log {_size(self.log_bytes)}",
             "  costs",
         ]

@@ -13,7 +13,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from ullme_ray.serve.schemas import (
     TokenizeCall,
     TokenizeReply,
 )
-from ullme_ray.spec.job import ServeSpec
 
 if TYPE_CHECKING:
     from ullme_ray.serve.loaded import Lane, LoadedModel
@@ -71,24 +70,25 @@ class Embedder:
         self._served = served
         self._settings = settings
         self._id = uuid.uuid4().hex
-        self._loaded = self._load(settings)
+        self._loaded = self._load(settings.tokens_per_batch)
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._batcher = TokenBatcher(
             _forward,
-            tokens_per_batch=settings.tokens_per_batch,
+            tokens_per_batch=self._loaded.tokens_per_batch,
             wait_s=settings.batch_wait_ms / 1000,
             padded=self._loaded.encoder.packing is None,
         )
         if settings.reload_s:
             threading.Thread(target=self._watch, args=(settings.reload_s,), daemon=True, name="reload").start()
 
-    def _load(self, settings: ServeSpec) -> LoadedModel:
+    def _load(self, tokens_per_batch: int | Literal["auto"]) -> LoadedModel:
         from ullme_ray.serve.loaded import LoadedModel
 
+        settings = self._settings
         return LoadedModel(
             self._served,
             device=None if settings.gpus_per_replica else "cpu",
-            tokens_per_batch=settings.tokens_per_batch,
+            tokens_per_batch=tokens_per_batch,
             warm_up=settings.warm_up,
         )
 
@@ -105,7 +105,7 @@ class Embedder:
                 if version is None or version in (self._loaded.version, refused):
                     continue
                 refused = version  # unless it loads
-                self._loaded = self._load(self._settings)
+                self._loaded = self._load(self._loaded.tokens_per_batch)  # timing it now would disturb those who are served
                 logger.warning("%s: now serving %s", self._served.name, self._loaded.encoder.fingerprint[:12])
             except UllmeError as error:
                 logger.error("%s: the newly published model is not served, the old one stays: %s", self._served.name, error)
@@ -201,6 +201,7 @@ class Embedder:
                 fingerprint=loaded.fingerprints[model],
                 dim=encoder.dim,
                 max_tokens=settings.max_tokens,
+                tokens_per_batch=loaded.tokens_per_batch,
                 vocab_size=int(encoder.backbone.get_input_embeddings().num_embeddings),
                 pooling=settings.pooling,
                 dtype=settings.dtype,

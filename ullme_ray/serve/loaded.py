@@ -24,6 +24,7 @@ from ullme_ray.serve.models import Served, published_version
 Form = Literal["unit", "pooled", "tokens"]  # unit vectors, pooled states as they are, states of all tokens
 _PUBLISHING_S = 60.0  # how long a start waits for a model that is being written
 _WARM_LENGTHS = (8, 64)
+_TIMING_S = 5.0  # of batches before a replica is ready; a batch that takes longer than half of it nobody should wait for
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,16 @@ class Lane:
 class LoadedModel:
     """Exists only once the weights are loaded and gave the vectors stored with the export.
 
+    Args:
+        tokens_per_batch: of a forward pass; "auto" finds the number, and takes some seconds.
+
     Raises:
         ModelError: the model or an adapter cannot be loaded, or computes other vectors than when it was exported.
         ServeError: the files changed all the time while they were read.
     """
 
-    def __init__(self, served: Served, *, device: str | None, tokens_per_batch: int, warm_up: bool) -> None:
+    def __init__(self, served: Served, *, device: str | None, tokens_per_batch: int | Literal["auto"], warm_up: bool) -> None:
         self.created = int(time.time())
-        self._tokens_per_batch = tokens_per_batch
         deadline = time.monotonic() + _PUBLISHING_S
         while True:
             self.version = published_version(served)
@@ -66,6 +69,8 @@ class LoadedModel:
             name: self.encoder.fingerprint if name == served.name else self._fingerprint(served.adapters[name])
             for name in served.names
         }
+        found = self.encoder.find_budget(limit_s=_TIMING_S).tokens if tokens_per_batch == "auto" else tokens_per_batch
+        self.tokens_per_batch = found
         if warm_up:
             self._warm_up()
 
@@ -108,12 +113,12 @@ class LoadedModel:
             return self.encoder.token_states(tokens)
         if form == "pooled":
             return self.encoder.pooled_states(tokens)
-        return self.encoder.embed_tokens(tokens, tokens_per_batch=self._tokens_per_batch)
+        return self.encoder.embed_tokens(tokens, tokens_per_batch=self.tokens_per_batch)
 
     def _warm_up(self) -> None:
         """First passes are slow (memory, kernels, threads), and a batch too large for the GPU must show now, not under load."""
         longest = self.encoder.settings.max_tokens
-        full = max(1, self._tokens_per_batch // longest) if self.encoder.device.type == "cuda" else 1
+        full = max(1, self.tokens_per_batch // longest) if self.encoder.device.type == "cuda" else 1
         for count, length in [*((1, min(length, longest)) for length in _WARM_LENGTHS), (full, longest)]:
             ids = [[1 % self.encoder.tokenizer.hf.vocab_size] * length] * count
             for adapter in (None, *self._adapters.values()):

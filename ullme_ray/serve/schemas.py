@@ -64,6 +64,7 @@ class ServedModel:
     vocab_size: int
     pooling: str
     dtype: str
+    tokens_per_batch: int = 0  # of one forward pass
     prompts: dict[str, str] = field(default_factory=lambda: {"query": "", "passage": ""})  # name -> text
     created: int = 0  # seconds since 1970; when the replica loaded it
     parent: str | None = None  # of an adapter: the served name of its backbone

@@ -209,7 +209,7 @@ def router(service: Service) -> APIRouter:
             "model_type": {"embedding": {"pooling": model.pooling}},
             "max_concurrent_requests": settings.max_queued_requests,
             "max_input_length": model.max_tokens,
-            "max_batch_tokens": settings.tokens_per_batch,
+            "max_batch_tokens": model.tokens_per_batch,
             "max_batch_requests": None,
             "max_client_batch_size": settings.max_inputs,
             "auto_truncate": True,

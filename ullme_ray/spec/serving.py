@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ullme_ray.spec.secrets import SecretRef
-from ullme_ray.spec.section import Name, NonNegative, Positive, Section, ServedName
+from ullme_ray.spec.section import AutoOrCount, Name, NonNegative, Positive, Section, ServedName
 
 
 class ReplicasSpec(Section):
@@ -63,7 +63,11 @@ class ServeSpec(Section):
         None, description="POST requests of one key per minute; beyond it the answer is 429. Absent: no limit."
     )
     access_log: bool = Field(True, description="A JSON line per request in Ray Serve's folder of logs; never a text or key.")
-    tokens_per_batch: PositiveInt = Field(8192, description="Tokens of one forward pass, padding included.")
+    tokens_per_batch: AutoOrCount = Field(
+        "auto",
+        description="Tokens of one forward pass; auto times a few numbers when a replica starts and takes the least that is"
+        " about as fast as any, so that nobody waits longer than it pays.",
+    )
     batch_wait_ms: Annotated[float, Field(ge=0.0, le=1000.0)] = Field(
         2.0, description="How long a request may wait for others to share its forward pass, while several are being served."
     )
