@@ -190,7 +190,7 @@ def grow_and_shrink(stand: Stand) -> None:
 def roll(stand: Stand) -> None:
     """Every replica is replaced by a new process, as for a changed job."""
     assert stand.job.serve is not None
-    other = stand.job.serve.model_copy(update={"tokens_per_batch": stand.job.serve.tokens_per_batch + 1})
+    other = stand.job.serve.model_copy(update={"max_inputs": stand.job.serve.max_inputs + 1})
     stand.job = stand.job.model_copy(update={"serve": other})
     stand.server.update(stand.job)
 
