@@ -11,11 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads on ti
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside a second process that runs tests
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from s3_server import S3Server
+
+if TYPE_CHECKING:
+    from ullme_ray.spec import JobSpec
 
 WORDS = "the a bucket object policy access makes private public list deletes creates key table query returns value request"
 
@@ -66,3 +70,27 @@ def ray_local(s3: S3Server) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def train_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[JobSpec], list[str]]]:
+    """Trains on one gloo rank, this process, as a rank of Ray Train would; gives the notes that the driver would show."""
+    from torch import distributed
+
+    from ullme_ray.model import ensure_base
+    from ullme_ray.train.loop import train_on_rank
+
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+
+        def train(job: JobSpec) -> list[str]:
+            records: list[dict[str, Any]] = []
+            ensure_base(job)
+            train_on_rank(job, records.append, lambda step, doing: None)
+            return [record["note"] for record in records if "note" in record]
+
+        yield train
+        distributed.destroy_process_group()

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import signal
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ from ullme_ray import logs, storage
 from ullme_ray.errors import UllmeError
 from ullme_ray.ledger import record, recorded
 from ullme_ray.parity import check_parity
-from ullme_ray.runtime import start_ray
+from ullme_ray.runtime import check_interrupt, start_ray, wait_for_interrupt
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import ServeSpec
 from ullme_ray.spec.run_folder import dump_job
@@ -57,6 +55,7 @@ def run_job(job: JobSpec, stages: tuple[str, ...] | None = None, *, verbose: boo
     stages = job.stages if stages is None else stages
     with at_work(job, stages, verbose=verbose):
         for stage in stages:
+            check_interrupt()
             _say_stage(stage, stages)
             if stage == "train":
                 from ullme_ray.train import run_train
@@ -124,11 +123,8 @@ def prepare(job: JobSpec, stages: Sequence[str]) -> None:
 def serve_until_interrupted(server: Server) -> None:
     """Blocks until Ctrl-C or SIGTERM."""
     print(f"serving at {server.url}; Ctrl-C stops", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("\nstopping the server", file=sys.stderr)
+    wait_for_interrupt()
+    print("\nstopping the server", file=sys.stderr)
 
 
 def _serve(job: JobSpec, settings: ServeSpec) -> None:

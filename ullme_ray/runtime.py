@@ -91,6 +91,38 @@ def local_cpus(job: JobSpec) -> int:
     return max(os.cpu_count() or 1, int(needed))
 
 
+_asked_to_stop = threading.Event()
+
+
+def _interrupt(*_: object) -> None:
+    _asked_to_stop.set()
+    raise KeyboardInterrupt
+
+
+def _hear_interrupts() -> None:
+    """Ctrl-C and SIGTERM interrupt the main thread, and are remembered: Python drops one that comes while it runs a weak
+    reference's callback or a `__del__`. What a shell told this process to ignore stays ignored.
+    """
+    _asked_to_stop.clear()
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)  # Ray's own ends the process without a word
+
+
+def check_interrupt() -> None:
+    """Raises KeyboardInterrupt if one came before and was dropped."""
+    if _asked_to_stop.is_set():
+        raise KeyboardInterrupt
+
+
+def wait_for_interrupt() -> None:
+    """Blocks until Ctrl-C or SIGTERM; not at all if one came before and was dropped."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _asked_to_stop.wait()
+
+
 @contextlib.contextmanager
 def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: bool = False) -> Iterator[None]:
     """Ray for the length of a `with` block; leaves a Ray that was already running in this process alone.
@@ -128,8 +160,7 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
                 f"a local Ray did not start ({reason}); this machine may be short of memory or time: run again, or name a"
                 " cluster in cluster.address"
             ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray's own ends the process without a word
+    _hear_interrupts()
     try:
         _check_pools_fit(pools(job, stages), address or "the local Ray", job.cluster.workers if address else ())
         yield

@@ -14,25 +14,23 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import torch.distributed as dist
 
 from ullme_ray import storage
 from ullme_ray.errors import DataError, ModelError, TrainingError
-from ullme_ray.model import ensure_base, open_encoder
+from ullme_ray.model import open_encoder
 from ullme_ray.retrieval.local_set import read_local_set
 from ullme_ray.retrieval.metrics import mean_scores, score_run
 from ullme_ray.spec import JobSpec
 from ullme_ray.spec.run_folder import RunFolder, dump_job
 from ullme_ray.train import preflight, run_train
 from ullme_ray.train.checkpoint import list_checkpoints, open_checkpoint
-from ullme_ray.train.loop import train_on_rank
 
 WORDS = ["bucket", "object", "policy", "access", "private", "public", "list", "key", "table", "query", "value", "request"]
 
@@ -81,25 +79,6 @@ def assert_same_losses(one: dict[int, list[float]], other: dict[int, list[float]
     assert one.keys() == other.keys()
     for step, values in one.items():
         np.testing.assert_allclose(other[step], values, rtol=1e-5, atol=1e-6, err_msg=f"step {step}")
-
-
-@pytest.fixture(scope="module")
-def train_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[JobSpec], list[str]]]:
-    """Trains on one gloo rank, this process, as a rank of Ray Train would; gives the notes that the driver would show."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-
-        def train(job: JobSpec) -> list[str]:
-            records: list[dict[str, Any]] = []
-            ensure_base(job)
-            train_on_rank(job, records.append, lambda step, doing: None)
-            return [record["note"] for record in records if "note" in record]
-
-        yield train
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
