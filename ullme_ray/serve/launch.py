@@ -127,7 +127,7 @@ def start_server(job: JobSpec) -> Server:
 
     for model in served_models(job):
         encoder_folder(model.job)
-    if _controller() and not clear_leftover():
+    if not clear_leftover():
         raise ServeError("Ray Serve already runs in this cluster; end it with `serve shutdown`, or use another cluster")
     _check_port(settings)
     address = settings.host, settings.port or _free_port(settings.host)

@@ -30,13 +30,14 @@ class _Owner:
 
 class _Warden:
     def watch(self) -> None:
-        """Returns once the owner is gone and Serve is shut down."""
+        """Ends this process once the owner is gone and Serve is shut down."""
         missing = 0
         while missing < _GONE_AFTER:
             with contextlib.suppress(RuntimeError, ray.exceptions.RayError):  # Ray's head may be away for a while
                 missing = 0 if _find(_OWNER) is not None else missing + 1
             time.sleep(_LOOK_EVERY_S)
         serve.shutdown()
+        ray.actor.exit_actor()  # a detached actor would keep its name, and the next server could not have one
 
 
 class Guard:
@@ -60,7 +61,8 @@ def clear_leftover() -> bool:
     deadline = time.monotonic() + _CLEAR_S
     while time.monotonic() < deadline:
         if _find("SERVE_CONTROLLER_ACTOR", "serve") is None:
-            _end_warden()
+            if _find(_OWNER) is None:
+                _end_warden()
             return True
         if _find(_OWNER) is not None or _find(_WARDEN) is None:
             return False
