@@ -103,7 +103,6 @@ def _hear_interrupts() -> None:
     """Ctrl-C and SIGTERM interrupt the main thread, and are remembered: Python drops one that comes while it runs a weak
     reference's callback or a `__del__`. What a shell told this process to ignore stays ignored.
     """
-    _asked_to_stop.clear()
     if threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -119,6 +118,7 @@ def check_interrupt() -> None:
 
 def wait_for_interrupt() -> None:
     """Blocks until Ctrl-C or SIGTERM; not at all if one came before and was dropped."""
+    _hear_interrupts()  # where Ray was there before us, nobody did
     with contextlib.suppress(KeyboardInterrupt):
         _asked_to_stop.wait()
 
@@ -135,6 +135,7 @@ def start_ray(job: JobSpec, stages: Sequence[str] | None = None, *, verbose: boo
         UllmeError: no cluster answers at the address, a local Ray does not start, or the pools cannot fit into it.
     """
     address = cluster_address(job)
+    _asked_to_stop.clear()  # of a run before this one
     quiet_libraries()
     import ray
 

@@ -47,26 +47,26 @@ def actor(monkeypatch: pytest.MonkeyPatch, seen: Seen, retries: int) -> Any:
     return new
 
 
-def test_the_next_unit_is_embedded_while_one_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Seen()
-    new = actor(monkeypatch, seen, retries=0)
+@contextlib.contextmanager
+def two_units(new: Any, seen: Seen) -> Iterator[None]:
+    """The block runs while the first is being written and the second was handed over; then both must end well."""
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(new._attempt, "first", None)
         assert seen.writing.wait(WAIT_S)
         second = pool.submit(new._attempt, "second", None)
-        assert seen.embedding_second.wait(WAIT_S)
+        yield
         assert not first.done()
         seen.finish.set()
         assert (first.result(), second.result()) == ("first", "second")
 
 
+def test_the_next_unit_is_embedded_while_one_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Seen()
+    with two_units(actor(monkeypatch, seen, retries=0), seen):
+        assert seen.embedding_second.wait(WAIT_S)
+
+
 def test_nothing_is_embedded_beside_a_unit_that_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Seen()
-    new = actor(monkeypatch, seen, retries=1)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(new._attempt, "first", None)
-        assert seen.writing.wait(WAIT_S)
-        second = pool.submit(new._attempt, "second", None)
+    with two_units(actor(monkeypatch, seen, retries=1), seen):
         assert not seen.embedding_second.wait(0.2)
-        seen.finish.set()
-        assert (first.result(), second.result()) == ("first", "second")

@@ -47,7 +47,8 @@ class FakeReplicas:
         self.open = asyncio.Event()
         self.open.set()
 
-    def options(self, **_: Any) -> FakeReplicas:
+    def options(self, **given: Any) -> FakeReplicas:
+        self.given = given
         return self
 
     def __getattr__(self, method: str) -> Any:

@@ -40,6 +40,7 @@ def ended_by_hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def listener(port: int, replicas: FakeReplicas) -> Listener:
     new: Any = Listener.__new__(Listener)
     await new.__init__(ServeSpec(), ("127.0.0.1", port), [(["m"], False)], replicas)  # as Ray Serve does it
+    assert replicas.given["_by_reference"] is False, "requests would go as calls of an actor"
     return new
 
 

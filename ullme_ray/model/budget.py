@@ -20,7 +20,7 @@ _NEAR_BEST = 0.97
 _CANDIDATES = {"cpu": [2**n for n in range(8, 14)], "cuda": [2**n for n in range(11, 19)]}  # 256 to 8k, 2k to 256k tokens
 # Of timing, about; a budget that would take longer is not tried. Too short a time ends at small budgets on a CPU, where a
 # model of 135M parameters runs a thousand tokens a second: 3 s once ended at 512 tokens, far from the best.
-_SECONDS = 20.0
+TIMING_S = 20.0
 _ENOUGH_S = 0.7  # one budget timed for so long is not run once more
 _REPEATS = 3  # at most
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # RuntimeErrors of torch's CPU allocator, of cuBLAS
@@ -104,7 +104,7 @@ def find_budget(
     forward: Callable[[int], None],
     device: str,
     *,
-    limit_s: float = _SECONDS,
+    limit_s: float = TIMING_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TokenBudget:
     """Times batches of growing size and takes the smallest that is within 3 % of the best.

@@ -19,7 +19,7 @@ import torch
 from ullme_ray import storage
 from ullme_ray.errors import ModelError, StorageError
 from ullme_ray.model.backbone import base_folder, first_position, load_backbone, load_config
-from ullme_ray.model.budget import TokenBudget, find_budget
+from ullme_ray.model.budget import TIMING_S, TokenBudget, find_budget
 from ullme_ray.model.encode import encode_batch, forward_states, pad_batch
 from ullme_ray.model.family import check_length, generates
 from ullme_ray.model.latent_attention import FOLDER, make_head
@@ -149,7 +149,7 @@ class Encoder:
         pooled = encode_batch(self.backbone, batch, self.settings.pooling, self.head, bidirectional=both_ways, normalize=False)
         return pooled.cpu().numpy()
 
-    def find_budget(self, *, limit_s: float = 20.0) -> TokenBudget:
+    def find_budget(self, *, limit_s: float = TIMING_S) -> TokenBudget:
         """The number of tokens in a batch that this model runs fastest with on this device; takes up to `limit_s`, about."""
         length = min(_TIMED_LENGTH, self.settings.max_tokens)
         text = [1 % self.tokenizer.hf.vocab_size] * length
