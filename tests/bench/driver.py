@@ -1,6 +1,6 @@
 """What a run of many units costs its driver, with no model and no vectors: planning, handing out units, the commit.
 
-    python tests/bench/driver.py --units 1000000 --scheduled 20000
+    python tests/bench/driver.py --units 1000000 --scheduled 5000
 
 Real code of `ullme_ray.embed` throughout: the corpus is real Parquet files of one row per unit, the units run through the real
 pipeline with steps that compute nothing, the parts are names in a real Delta log. What a unit costs is printed at the end as
@@ -69,7 +69,7 @@ def write_corpus(folder: Path, units: int) -> None:
         shutil.copy(folder / "0.parquet", folder / f"{number}.parquet")
 
 
-def job_for(folder: Path) -> Any:
+def job_for(folder: Path, actors: int) -> Any:
     from ullme_ray.spec.job import JobSpec
 
     embed = {
@@ -77,7 +77,7 @@ def job_for(folder: Path) -> Any:
         "output": {"path": str(folder / "table")},
         "rows_per_unit": 1,
     }
-    embed["actors"] = {"min": 2, "max": 2}
+    embed["actors"] = {"min": actors, "max": actors}
     return JobSpec.model_validate({"name": "driver", "storage": str(folder), "model": {"base": str(folder)}, "embed": embed})
 
 
@@ -103,7 +103,7 @@ class FakeActor:
         return {"unit": row["unit"], "work": pickle.dumps(Outcome(part, 1, 0, 0, 0, forward, 0))}
 
 
-def measure(folder: Path, units: int, scheduled: int) -> dict[str, float]:
+def measure(folder: Path, units: int, scheduled: int, actors: int) -> dict[str, float]:
     import ray
 
     from ullme_ray.embed import flow
@@ -116,7 +116,7 @@ def measure(folder: Path, units: int, scheduled: int) -> dict[str, float]:
     from ullme_ray.vectors import VectorFormat
 
     found: dict[str, float] = {}
-    job = job_for(folder)
+    job = job_for(folder, actors)
     table = str(folder / "table")
     types = pa.schema([("id", pa.string())])
     settings = PartSettings(job.embed.input, types, "f" * 64, VectorFormat.of(job.embed.output))
@@ -131,23 +131,26 @@ def measure(folder: Path, units: int, scheduled: int) -> dict[str, float]:
 
     if scheduled:
         context = EmbedContext(job, table, settings)
-        some = plan.missing[:scheduled]
-        watch = TreeWatch()
-        with Meter() as meter, watch:
-            begun, first, count = time.monotonic(), 0.0, 0
-            for _ in flow.run_units(some, context, flow.Steps(fake_read, FakeActor)):
+        watch, count = TreeWatch(), 0
+        with watch:
+            begun = time.monotonic()
+            for _ in flow.run_units(plan.missing, context, flow.Steps(fake_read, FakeActor)):
                 count += 1
-                first = first or time.monotonic() - begun
-        assert count == scheduled
-        cpu_s = {"this process": meter.cpu_s} | watch.cpu_s()
+                if count == 1:
+                    first_s, first_cpu_s = time.monotonic() - begun, watch.cpu_s()["pipeline"]
+                    watch.begin()
+                if count > scheduled:
+                    break  # it has handed out and taken back so many since the first one
+            taken_s = time.monotonic() - begun - first_s
+        cpu_s = watch.cpu_s()
         say(
-            f"schedule: {scheduled:,} units in {meter.seconds:.0f} s, the first after {first:.0f} s; then "
-            f"{(scheduled - 1) / (meter.seconds - first):,.0f} units/s with all of Ray on this machine"
+            f"schedule: of {units:,} units the first was back after {first_s:.0f} s ({first_cpu_s:.0f} s CPU of the pipeline); "
+            f"then {count - 1:,} in {taken_s:.0f} s, {(count - 1) / taken_s:,.0f} units/s with all of Ray on this machine"
         )
-        say("  CPU ms per unit: " + ", ".join(f"{kind} {1e3 * used / scheduled:.2f}" for kind, used in cpu_s.items()))
+        say("  CPU ms per unit: " + ", ".join(f"{kind} {1e3 * used / (count - 1):.2f}" for kind, used in cpu_s.items()))
         say(f"  the process that runs the pipeline held {watch.most_bytes / 2**20:,.0f} MiB at its most")
         # Its one busy thread is what cannot be had twice; tasks, actors and their raylets are on as many machines as there are.
-        found["dispatch_per_s"] = scheduled / cpu_s["pipeline"]
+        found["dispatch_per_s"] = (count - 1) / cpu_s["pipeline"]
     ray.shutdown()
 
     forward = Forward(num_tokens=1, num_positions=1, seconds=0.0, flop=0.0, peak_flop=0.0, actor="fake", not_compiled=None)
@@ -190,7 +193,7 @@ class TreeWatch:
         self._last: dict[int, tuple[str, float]] = {}
 
     def __enter__(self) -> TreeWatch:
-        self._first = {pid: cpu_s for pid, (_, cpu_s) in self._look().items()}
+        self.begin()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -200,6 +203,11 @@ class TreeWatch:
         self._last |= self._look()
         self._stop.set()
         self._thread.join()
+
+    def begin(self) -> None:
+        """Leaves out what was used until now."""
+        self._last |= self._look()
+        self._first = {pid: cpu_s for pid, (_, cpu_s) in self._last.items()}
 
     def cpu_s(self) -> dict[str, float]:
         """By kind of process, the most first; one that ended counts up to its last second."""
@@ -248,7 +256,8 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=int, default=1_000_000, help="planned and committed")
-    parser.add_argument("--scheduled", type=int, default=20_000, help="of these, run through Ray Data; 0 leaves it out")
+    parser.add_argument("--scheduled", type=int, default=5000, help="of these, run through Ray Data; 0 leaves it out")
+    parser.add_argument("--actors", type=int, default=8, help="of the pool; as many tasks read beside them")
     parser.add_argument("--folder", type=Path, help="for the corpus and the table; a temporary one by default")
     given = parser.parse_args()
     assert given.units % ROWS_PER_FILE == 0, f"--units must be a multiple of {ROWS_PER_FILE}"
@@ -259,9 +268,11 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         write_corpus(Path(folder) / "corpus", given.units)
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address="local", num_cpus=2 * given.actors, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
         say(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}, Ray {ray.__version__}")
-        found = measure(Path(folder), given.units, given.scheduled)
+        found = measure(Path(folder), given.units, given.scheduled, given.actors)
     say("ullme-ray plan JOB.yaml --scale DOCUMENTS " + " ".join(f"--cost {name}={value:.4g}" for name, value in found.items()))
     say(json.dumps(found))
 

@@ -22,6 +22,8 @@ from s3_server import S3Server
 from ullme_ray import ray_data, storage
 from ullme_ray.embed import flow, plan_units, preflight, run_embed
 from ullme_ray.embed.parts import list_parts
+from ullme_ray.embed.pipeline import open_run
+from ullme_ray.embed.steps import EmbedActor
 from ullme_ray.errors import EmbedError
 from ullme_ray.model import open_encoder
 from ullme_ray.ray_data import Attempts
@@ -186,6 +188,33 @@ def test_killed_actors_lose_and_repeat_nothing(tmp_path: Path, tiny_base: str) -
     assert 0 < killed[0] < 60
     assert (report.units_embedded, report.rows_embedded, report.rows_dead) == (60, 360, 0)
     assert vectors(corpus).keys() == {f"a-{n}" for n in range(360)}
+
+
+def test_units_that_one_task_reads_go_to_the_actors_one_by_one(
+    tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "MOST_READING_TASKS", 1)
+    corpus = Corpus(str(tmp_path), tiny_base)
+    corpus.write("a.jsonl", make_rows("a", 5 * ROWS_PER_UNIT))
+    context, plan = open_run(corpus.job(min=2, max=2))
+    seen = tmp_path / "actors"
+    seen.mkdir()
+
+    class Waiting(EmbedActor):
+        """Embeds no unit before the other actor was given one too, which it is not if the units stay together."""
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            (seen / str(os.getpid())).touch()
+            deadline = time.monotonic() + 120.0
+            while len(list(seen.iterdir())) < 2:
+                if time.monotonic() > deadline:
+                    raise EmbedError("all units went to one actor")
+                time.sleep(0.01)
+            return super().__call__(row)
+
+    outcomes = list(flow.run_units(plan.missing, context, flow.Steps(actor=Waiting)))
+    assert sorted(outcome.part.key.start for outcome in outcomes) == [unit.start for unit in plan.missing]
+    assert sum(outcome.num_embedded for outcome in outcomes) == 5 * ROWS_PER_UNIT
 
 
 def test_a_model_that_always_kills_its_actor_ends_the_run(

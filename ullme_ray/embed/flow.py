@@ -1,4 +1,8 @@
-"""The Ray Data pipeline from units to parts: tasks read, a pool of actors embeds and writes. A unit is one block."""
+"""The Ray Data pipeline from units to parts: tasks read, a pool of actors embeds and writes.
+
+Between the two a unit is one block, so that an actor is given, and loses, one unit at a time. On the way to the tasks that read
+them units may share blocks: Ray Data puts all of those into its object store before it reads the first, at a millisecond each.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ STAGE = Stage(
     next_run="the next run goes on from the parts written so far",
     lighter="lower embed.tokens_per_batch or embed.rows_per_unit",
 )
+MOST_READING_TASKS = 10_000  # of a run; in a larger one each reads several units, one after the other
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,22 @@ def run_units(units: list[Unit], context: EmbedContext, steps: Steps = Steps()) 
         UllmeError: whatever a step raised on purpose, or with Ray's reason for anything else.
     """
     most = pool_limit(STAGE, embed_section(context.job).actors, len(units))
-    for _, outcome in run_beside(STAGE, _flow, units, context, most, steps):
+    tasks = min(len(units), MOST_READING_TASKS)
+    for _, outcome in run_beside(STAGE, _flow, units, context, tasks, most, steps):
         yield outcome
 
 
-def _flow(units: list[Unit], context: EmbedContext, most_actors: int, steps: Steps, attempts: Attempts) -> Iterator[Outcome]:
+def _flow(
+    units: list[Unit], context: EmbedContext, reading_tasks: int, most_actors: int, steps: Steps, attempts: Attempts
+) -> Iterator[Outcome]:
     import ray.data
     from ray.data.exceptions import ExecutionTimeoutError
 
     configure_ray_data()
+    ray.data.DataContext.get_current().target_max_block_size = 1  # byte, so that each unit leaves its step as a block
     actors = embed_section(context.job).actors
     dataset = (
-        ray.data.from_items([unit_row(unit) for unit in units], override_num_blocks=len(units))
+        ray.data.from_items([unit_row(unit) for unit in units], override_num_blocks=reading_tasks)
         .map(
             steps.read,
             fn_args=(context, attempts),
