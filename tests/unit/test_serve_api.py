@@ -262,6 +262,33 @@ def test_the_work_of_a_client_that_hung_up_is_dropped() -> None:
     run(test())
 
 
+def test_a_full_server_refuses_unread_requests_by_route_and_counts_them(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        backend = FakeBackend()
+        backend.open.clear()
+        async with client(backend, max_queued_requests=1) as http:
+            first = asyncio.create_task(http.post("/embed", json={"inputs": "x"}))
+            while not backend.calls:
+                await asyncio.sleep(0)
+            with caplog.at_level(logging.INFO, access_log.name):
+                tei = await http.post("/embed_all", content=b"no JSON")
+                openai = await http.post("/v1/embeddings", content=b"no JSON")
+            assert_tei_error(tei, 429, "Overloaded")
+            assert (openai.status_code, openai.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert tei.headers["retry-after"] == openai.headers["retry-after"] == "1"
+            assert tei.headers["x-request-id"] != openai.headers["x-request-id"]
+            logged = [json.loads(record.message) for record in caplog.records if record.name == access_log.name]
+            assert [(line["route"], line["status"]) for line in logged] == [("/embed_all", 429), ("/v1/embeddings", 429)]
+            assert (await http.post("/nowhere")).status_code == 404
+            assert (await http.get("/info")).status_code == 200
+            backend.open.set()
+            assert (await first).status_code == 200
+            assert (await http.post("/embed_all", content=b"no JSON")).status_code == 400
+            assert 'te_request_failure{err="overloaded"} 2.0' in (await http.get("/metrics")).text
+
+    run(test())
+
+
 def test_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ullme_ray.serve.limits.BODIES_HELD", 2)
 

@@ -1,6 +1,7 @@
 """The HTTP side put together: a small process without torch that checks, limits and forwards requests.
 
-    client -> Observed (id, log, metrics) -> RequireKey (key, rate) -> route (openai_api, tei_api, page) -> Service -> Backend
+    client -> Observed (id, log, metrics) -> RequireKey (key, rate) -> RefuseOverload -> route (openai_api, tei_api, page)
+    -> Service -> Backend
 
 It is apart from the model so that a model replica's death cuts no connection.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 import ullme_ray
@@ -17,6 +19,7 @@ from ullme_ray.serve import openai_api, page, tei_api
 from ullme_ray.serve.access import Observed, Record, RequireKey, access_log
 from ullme_ray.serve.answers import json_error
 from ullme_ray.serve.keys import KeyRing, RateLimit
+from ullme_ray.serve.limits import RefuseOverload
 from ullme_ray.serve.metrics import Metrics
 from ullme_ray.serve.openapi import openapi_page
 from ullme_ray.serve.schemas import ApiError, Backend
@@ -49,11 +52,15 @@ def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:
             access_log.info(record.to_json())
 
     rate = RateLimit(settings.requests_per_minute) if settings.requests_per_minute else None
+    routers = (openai_api.router(service), tei_api.router(service), page.router(service, metrics))
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    posts = {route.path for route in routes if "POST" in route.methods}
+    api.add_middleware(RefuseOverload, admission=service.admission, paths=posts)
     api.add_middleware(RequireKey, keys=KeyRing(settings.api_keys), rate=rate)
     api.add_middleware(Observed, finished=finished)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_error)
-    for router in (openai_api.router(service), tei_api.router(service), page.router(service, metrics)):
+    for router in routers:
         api.include_router(router)
 
     @api.get("/openapi.json", include_in_schema=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from fastapi import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ullme_ray.serve.answers import json_error
 from ullme_ray.serve.schemas import ApiError
 
 BODY_TIMEOUT_S = 60.0  # a client that sends no more must not hold its place among the requests for ever
@@ -38,6 +40,10 @@ class Admission:
         self.num_requests = 0
         self.num_bytes = 0
 
+    @property
+    def is_full(self) -> bool:
+        return self.num_requests >= self._max_requests
+
     @asynccontextmanager
     async def admitted(self, request: Request) -> AsyncIterator[bytes]:
         """Holds a place for the request as long as the block runs, and gives its body.
@@ -45,7 +51,7 @@ class Admission:
         Raises:
             ApiError: 429 without a place, else as `_read`.
         """
-        if self.num_requests >= self._max_requests:
+        if self.is_full:
             raise overloaded()
         self.num_requests += 1
         held: list[int] = []
@@ -86,6 +92,29 @@ class Admission:
                 raise overloaded()
             chunks.append(chunk)
         return b"".join(chunks)
+
+
+class RefuseOverload:
+    """Answers 429 where there is no place, before anything looks at the request: an overload must not live on refusals.
+
+    Args:
+        paths: whose POST requests take a place. The routes ask for it themselves, for what passes here.
+    """
+
+    def __init__(self, app: ASGIApp, admission: Admission, paths: Collection[str]) -> None:
+        self._app, self._admission, self._paths = app, admission, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "POST"
+            and self._admission.is_full
+            and (path := scope["path"]) in self._paths
+        ):
+            scope["state"]["record"].route = path
+            await json_error(overloaded(), path)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 def overloaded() -> ApiError:
