@@ -365,7 +365,13 @@ def test_the_proxy_sees_none_of_the_clients_control_headers() -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.extend(name for name, _ in scope["headers"])
+        ids = [(b"x-request-id", b"of the ingress"), (b"content-type", b"x"), (b"X-Request-Id", b"of Serve")]
+        await send({"type": "http.response.start", "status": 200, "headers": ids})
 
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    sent: list[Any] = []
     dropped = [
         (b"x-session-id", b"1"),
         (b"X_Session_ID", b"\xff"),
@@ -377,10 +383,11 @@ def test_the_proxy_sees_none_of_the_clients_control_headers() -> None:
 
     async def test() -> None:
         (layer,) = front.middlewares()
-        await layer.cls(app)({"type": "http", "headers": [*dropped, *kept]}, None, None)  # type: ignore[arg-type]
+        await layer.cls(app)({"type": "http", "headers": [*dropped, *kept]}, None, send)  # type: ignore[arg-type]
 
     run(test())
     assert seen == [name for name, _ in kept]
+    assert sent[0]["headers"] == [(b"x-request-id", b"of the ingress"), (b"content-type", b"x")]
 
 
 def test_what_is_handed_to_ray_holds_the_keys_reference_and_not_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Runs inside Ray Serve's HTTP proxy, before Serve reads a request: keeps clients away from Serve's own control headers.
+"""Runs inside Ray Serve's HTTP proxy, before Serve reads a request: keeps clients away from Serve's own control headers, and
+Serve from sending the request's id a second time.
 
 Only a RayService has that proxy (`deploy/rayobjects.py` sets this up there); `start_server` listens without it. Without this, a
 request could switch off its own cancellation, set its own timeout (answered with 408 in plain text), or get a 500 for a header
@@ -8,18 +9,20 @@ that is not UTF-8.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ullme_ray.serve.front:middlewares"}
 
 _CONTROL_HEADERS = re.compile(rb"x-session-id|x-request-timeout-seconds|x-request-disconnect-disabled|serve-.*")
+_ID_HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 
 
 class CleanHeaders:
-    """Drops control headers, and a request id that is no plain word (Serve then makes one)."""
+    """Drops control headers, and a request id that is no plain word (Serve then makes one); an answer has one request id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -27,12 +30,28 @@ class CleanHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
             scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if _is_clean(name, value)]}
-        await self._app(scope, receive, send)
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": list(_with_one_id(message.get("headers", ())))}
+            await send(message)
+
+        await self._app(scope, receive, answer)
+
+
+def _with_one_id(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """The headers with the first request id only: the ingress's own, to which Serve adds its."""
+    has_id = False
+    for name, value in headers:
+        is_id = name.lower() == _ID_HEADER
+        if not (is_id and has_id):
+            yield name, value
+        has_id = has_id or is_id
 
 
 def _is_clean(name: bytes, value: bytes) -> bool:
     name = name.lower().replace(b"_", b"-")  # Serve takes both spellings
-    if name == b"x-request-id":
+    if name == _ID_HEADER:
         return _REQUEST_ID.fullmatch(value) is not None
     return _CONTROL_HEADERS.fullmatch(name) is None
 
