@@ -54,7 +54,7 @@ def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:
     rate = RateLimit(settings.requests_per_minute) if settings.requests_per_minute else None
     routers = (openai_api.router(service), tei_api.router(service), page.router(service, metrics))
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
-    posts = {route.path for route in routes if "POST" in route.methods}
+    posts = {route.path for route in routes if "POST" in (route.methods or ())}
     api.add_middleware(RefuseOverload, admission=service.admission, paths=posts)
     api.add_middleware(RequireKey, keys=KeyRing(settings.api_keys), rate=rate)
     api.add_middleware(Observed, finished=finished)
