@@ -1,12 +1,12 @@
 """What makes the better embedder: strategy, pooling, attention, prompts and hard negatives, one factor at a time.
 
-    python tests/smollm2.py FOLDER && python tests/bench/quality.py FOLDER --pairs PAIRS --sets wordnet
+    python tests/smollm2.py FOLDER && python tests/bench/quality.py FOLDER
 
 Trains a pretrained decoder on real pairs for a few steps and measures nDCG@10 on held-out queries, which are the same
-for every run. PAIRS holds `NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows, for each of
---sets (tests/wordnet_pairs.py makes one); hard negatives are BM25's best passages that are not the query's own. A run
-that is done stands as a line in results.jsonl and is not done again; all seeds of a few lines come before the next
-lines. `--gpu` uses this machine's GPU.
+for every run. The set `aws` is the built-in data. For each other one of --sets, --pairs is a folder that holds
+`NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows (tests/wordnet_pairs.py makes one). Hard
+negatives are BM25's best passages that are not the query's own. A run that is done stands as a line in results.jsonl
+and is not done again; all seeds of a few lines come before the next lines. `--gpu` uses this machine's GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,10 @@ from ullme_ray.model.encode import pad_tokens
 from ullme_ray.model.encoder import open_tokenizer
 from ullme_ray.model.two_pass import build_two_pass
 from ullme_ray.pairs import read_sources
+from ullme_ray.retrieval.local_set import read_local_set
 from ullme_ray.retrieval.metrics import Run, score_run
 from ullme_ray.retrieval.topk import top_k
+from ullme_ray.sample_data import ensure_dataset
 from ullme_ray.spec import JobSpec
 from ullme_ray.train.collate import collate, shortest_first
 from ullme_ray.train.data import BatchSampler
@@ -41,6 +45,7 @@ from ullme_ray.train.open_engine import open_engine
 from ullme_ray.train.step import train_step
 
 PROMPT = "Find the passage that explains this.\n"
+BUILTIN = "aws"
 MEASURE = "ndcg@10"
 NUM_BOOTSTRAPS = 2000
 BATCH_TOKENS = 1024  # of a forward pass of the measurement
@@ -53,7 +58,7 @@ class Cell:
     strategy: str = "cl"  # or base, bm25, another: nothing is trained
     pooling: str = "mean"
     bidirectional: bool = True
-    prompts: bool = False
+    prompts: bool = True
     hard_negatives: bool = True
     temperature: float | None = None  # of the contrastive loss; None: the preset's
 
@@ -66,13 +71,13 @@ DEFAULT = Cell()
 # All seeds of a group before the next group, so that a cut leaves the most telling comparisons whole.
 GROUPS = (
     (DEFAULT, Cell("grl"), Cell(pooling="lasttoken", bidirectional=False)),
-    (Cell(hard_negatives=False), Cell("sft"), Cell("dpo")),
-    (Cell("genc"), Cell(prompts=True), Cell(bidirectional=False)),
+    (Cell(hard_negatives=False), Cell(prompts=False), Cell(bidirectional=False)),
+    (Cell("sft"), Cell("dpo"), Cell("genc")),
     (Cell("grl", temperature=0.05), Cell(pooling="lasttoken"), Cell(pooling="weightedmean"), Cell(temperature=0.1)),
     (Cell("grl", hard_negatives=False), Cell("grl", pooling="lasttoken", bidirectional=False)),
 )
 TRAINED = sum(GROUPS, ())
-UNTRAINED = (Cell("bm25"), Cell("base"), Cell("base", pooling="lasttoken", bidirectional=False))
+UNTRAINED = (Cell("bm25"), Cell("base"), Cell("base", prompts=False), Cell("base", pooling="lasttoken", bidirectional=False))
 OTHER = Cell("other")
 
 
@@ -88,6 +93,24 @@ class TestSet:
 def read_pairs(path: Path) -> list[dict[str, str]]:
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
+
+
+def write_builtin_pairs(folder: Path) -> None:
+    """The built-in data as a set of its own, `aws`: its training rows and its held-out queries."""
+    if (folder / f"{BUILTIN}.test.jsonl.gz").is_file():
+        return
+    spec = {"name": "data", "storage": str(folder), "dataset": {"name": "aws_api_docs"}, "model": {"base": "scratch"}}
+    job = JobSpec.model_validate({**spec, "train": {"data": [{"path": "run:data/train.jsonl"}]}})
+    ensure_dataset(job)
+    held_out = read_local_set(f"{folder}/data/data/heldout")
+    judged = [(query, passage) for query, passages in held_out.qrels.items() for passage in passages]
+    rows = {
+        "train": [{"query": pair.query, "positive": text} for pair in read_sources(job)[0].pairs for text in pair.positives],
+        "test": [{"query": held_out.queries[q], "positive": held_out.passages[p]} for q, p in judged],
+    }
+    for split, pairs in rows.items():
+        with gzip.open(folder / f"{BUILTIN}.{split}.jsonl.gz", "wt", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in pairs)
 
 
 def make_test_set(folder: Path, name: str, num_queries: int, num_passages: int) -> TestSet:
@@ -310,11 +333,11 @@ def names(cell: Cell) -> list[str]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", help="folder of the pretrained model")
-    parser.add_argument("--pairs", type=Path, required=True, help="folder of NAME.train.jsonl.gz and NAME.test.jsonl.gz")
-    parser.add_argument("--sets", nargs="+", default=["wordnet", "pydoc"], help="the NAMEs")
+    parser.add_argument("--sets", nargs="+", default=[BUILTIN], help=f"{BUILTIN} is the built-in data, others are in --pairs")
+    parser.add_argument("--pairs", type=Path, help="folder of NAME.train.jsonl.gz and NAME.test.jsonl.gz")
     parser.add_argument("--other", help="folder of a sentence-transformers model to compare with")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where results and training rows go")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--max-tokens", type=int, default=32)
@@ -323,33 +346,54 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--passages", type=int, default=300, help="of each set")
     parser.add_argument("--rows", type=int, default=2000, help="training rows drawn from each set")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, each in a process of its own")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--gpu", action="store_true", help="run on this machine's GPU")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and train nothing")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.pairs is None and args.sets != [BUILTIN]:
+        parser.error("--pairs is needed for a set that is not built in")
+    return args
+
+
+def pairs_folder(args: argparse.Namespace, name: str) -> Path:
+    return Path(args.folder, "pairs") if name == BUILTIN else Path(args.pairs)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Writes each set's training rows, with hard negatives and without."""
+    if BUILTIN in args.sets:
+        write_builtin_pairs(pairs_folder(args, BUILTIN))
+    for name in args.sets:
+        hard, plain = (args.folder / kind / f"{name}.jsonl" for kind in ("hard", "plain"))
+        write_training_rows(pairs_folder(args, name), name, hard, args.rows)
+        if not plain.is_file():
+            plain.parent.mkdir(parents=True, exist_ok=True)
+            rows = [json.loads(line) for line in hard.read_text(encoding="utf-8").splitlines()]
+            plain.write_text("".join(json.dumps({**row, "negatives": []}) + "\n" for row in rows), encoding="utf-8")
+
+
+def work(args: argparse.Namespace, cell: Cell, seed: int) -> dict[str, Any]:
+    """One run, in a process of the pool."""
+    torch.set_num_threads(args.threads)
+    test_sets = [make_test_set(pairs_folder(args, name), name, args.queries, args.passages) for name in args.sets]
+    return run_cell(args, cell, seed, test_sets)
 
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(args.threads)
     results_path = args.folder / "results.jsonl"
     if not args.table:
-        for name in args.sets:
-            write_training_rows(args.pairs, name, args.folder / "hard" / f"{name}.jsonl", args.rows)
-            plain = args.folder / "plain" / f"{name}.jsonl"
-            if not plain.is_file():
-                plain.parent.mkdir(parents=True, exist_ok=True)
-                rows = [json.loads(line) for line in (args.folder / "hard" / f"{name}.jsonl").read_text().splitlines()]
-                plain.write_text("".join(json.dumps({**row, "negatives": []}) + "\n" for row in rows))
-        test_sets = [make_test_set(args.pairs, name, args.queries, args.passages) for name in args.sets]
+        prepare(args)
         done = read_results(results_path)
-        for cell, seed in planned(args):
-            if (cell, seed) in done:
-                continue
-            record = run_cell(args, cell, seed, test_sets)
-            with results_path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
-            print(f"{cell} seed {seed}: {per_query([record]).mean():.4f} in {record['seconds']} s", file=sys.stderr, flush=True)
+        with ProcessPoolExecutor(args.at_once, mp_context=get_context("spawn")) as pool:
+            runs = [pool.submit(work, args, cell, seed) for cell, seed in planned(args) if (cell, seed) not in done]
+            for run in as_completed(runs):
+                record = run.result()
+                with results_path.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(record) + "\n")
+                told = f"{Cell(**record['cell'])} seed {record['seed']}: {per_query([record]).mean():.4f}"
+                print(f"{told} in {record['seconds']} s", file=sys.stderr, flush=True)
     print(table(read_results(results_path)))
 
 
