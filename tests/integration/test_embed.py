@@ -190,10 +190,10 @@ def test_killed_actors_lose_and_repeat_nothing(tmp_path: Path, tiny_base: str) -
     assert vectors(corpus).keys() == {f"a-{n}" for n in range(360)}
 
 
-def test_units_that_one_task_reads_go_to_the_actors_one_by_one(
+def test_units_that_begin_in_one_block_go_to_the_actors_one_by_one(
     tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow, "MOST_READING_TASKS", 1)
+    monkeypatch.setattr(flow, "MOST_BLOCKS", 1)
     corpus = Corpus(str(tmp_path), tiny_base)
     corpus.write("a.jsonl", make_rows("a", 5 * ROWS_PER_UNIT))
     context, plan = open_run(corpus.job(min=2, max=2))

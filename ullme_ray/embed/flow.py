@@ -1,7 +1,8 @@
-"""The Ray Data pipeline from units to parts: tasks read, a pool of actors embeds and writes.
+"""The Ray Data pipeline from units to parts: tasks read, a pool of actors embeds and writes. A unit is one block.
 
-Between the two a unit is one block, so that an actor is given, and loses, one unit at a time. On the way to the tasks that read
-them units may share blocks: Ray Data puts all of those into its object store before it reads the first, at a millisecond each.
+Ray Data puts all blocks that it is given into its object store before it reads the first, at a millisecond each. So the
+units of a large run enter several in a block and are parted by a task that needs no CPU: it waits as long as reading goes
+on, and one that waits with a CPU could keep an actor from its place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ STAGE = Stage(
     next_run="the next run goes on from the parts written so far",
     lighter="lower embed.tokens_per_batch or embed.rows_per_unit",
 )
-MOST_READING_TASKS = 10_000  # of a run; in a larger one each reads several units, one after the other
+MOST_BLOCKS = 10_000  # that a run begins with
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ def run_units(units: list[Unit], context: EmbedContext, steps: Steps = Steps()) 
         UllmeError: whatever a step raised on purpose, or with Ray's reason for anything else.
     """
     most = pool_limit(STAGE, embed_section(context.job).actors, len(units))
-    tasks = min(len(units), MOST_READING_TASKS)
-    for _, outcome in run_beside(STAGE, _flow, units, context, tasks, most, steps):
+    blocks = min(len(units), MOST_BLOCKS)
+    for _, outcome in run_beside(STAGE, _flow, units, context, blocks, most, steps):
         yield outcome
 
 
 def _flow(
-    units: list[Unit], context: EmbedContext, reading_tasks: int, most_actors: int, steps: Steps, attempts: Attempts
+    units: list[Unit], context: EmbedContext, num_blocks: int, most_actors: int, steps: Steps, attempts: Attempts
 ) -> Iterator[Outcome]:
     import ray.data
     from ray.data.exceptions import ExecutionTimeoutError
@@ -54,30 +55,33 @@ def _flow(
     configure_ray_data()
     ray.data.DataContext.get_current().target_max_block_size = 1  # byte, so that each unit leaves its step as a block
     actors = embed_section(context.job).actors
-    dataset = (
-        ray.data.from_items([unit_row(unit) for unit in units], override_num_blocks=reading_tasks)
-        .map(
-            steps.read,
-            fn_args=(context, attempts),
-            # A limit that is not the pool's keeps Ray from fusing this step into the actors, where the model would wait.
-            compute=ray.data.TaskPoolStrategy(size=len(units) + 1),
-            num_cpus=1,
-        )
-        .map(
-            cast(Any, steps.actor),
-            fn_constructor_args=(context, attempts),
-            compute=ray.data.ActorPoolStrategy(
-                min_size=actors.min,
-                max_size=most_actors,
-                max_concurrent_calls_per_actor=EmbedActor.CALLS_AT_ONCE,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=actors.cpus_per_actor,
-            num_gpus=actors.gpus_per_actor,
-        )
+    alone: ray.data.Dataset = ray.data.from_items([unit_row(unit) for unit in units], override_num_blocks=num_blocks)
+    if num_blocks < len(units):
+        alone = alone.map(_as_it_is, compute=ray.data.TaskPoolStrategy(size=1), num_cpus=0)
+    dataset = alone.map(
+        steps.read,
+        fn_args=(context, attempts),
+        # A limit that is not the pool's keeps Ray from fusing this step into the actors, where the model would wait.
+        compute=ray.data.TaskPoolStrategy(size=len(units) + 1),
+        num_cpus=1,
+    ).map(
+        cast(Any, steps.actor),
+        fn_constructor_args=(context, attempts),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=actors.min,
+            max_size=most_actors,
+            max_concurrent_calls_per_actor=EmbedActor.CALLS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=actors.cpus_per_actor,
+        num_gpus=actors.gpus_per_actor,
     )
     try:
         for row in dataset.iter_rows():
             yield outcome_of(row)
     except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise explained(STAGE, error) from error
+
+
+def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+    return row
