@@ -111,6 +111,7 @@ def configure_ray_data() -> None:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
+    context.target_max_block_size = 1  # byte: a row is work of its own, and leaves each step as a block
     context.max_consecutive_actor_init_deaths = _ACTOR_START_DEATHS
     context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
 

@@ -173,7 +173,7 @@ def make_job(args: argparse.Namespace, cell: Cell, seed: int) -> JobSpec:
                 "objective": objective,
                 "data": [{"path": f"{args.folder.resolve()}/{rows}/{name}.jsonl"} for name in args.sets],
                 "global_batch_size": args.batch_size,
-                "chunk_size": args.batch_size,
+                "chunk_size": args.chunk_size,
                 "max_steps": args.steps,
                 "learning_rate": args.learning_rate,
                 "max_generation_tokens": 2 * args.max_tokens,
@@ -339,6 +339,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where results and training rows go")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--chunk-size", type=int, default=8, help="memory, about 6 GB for grl at 8; never the result")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--dtype", default="float32")

@@ -53,7 +53,6 @@ def _flow(
     from ray.data.exceptions import ExecutionTimeoutError
 
     configure_ray_data()
-    ray.data.DataContext.get_current().target_max_block_size = 1  # byte, so that each unit leaves its step as a block
     actors = embed_section(context.job).actors
     alone: ray.data.Dataset = ray.data.from_items([unit_row(unit) for unit in units], override_num_blocks=num_blocks)
     if num_blocks < len(units):
