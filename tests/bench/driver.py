@@ -150,6 +150,7 @@ def measure(folder: Path, units: int, scheduled: int, actors: int) -> dict[str, 
         say("  CPU ms per unit: " + ", ".join(f"{kind} {1e3 * used / (count - 1):.2f}" for kind, used in cpu_s.items()))
         say(f"  the process that runs the pipeline held {watch.most_bytes / 2**20:,.0f} MiB at its most")
         # Its one busy thread is what cannot be had twice; tasks, actors and their raylets are on as many machines as there are.
+        found["plan_us"] += 1e6 * first_cpu_s / units
         found["dispatch_per_s"] = (count - 1) / cpu_s["pipeline"]
     ray.shutdown()
 

@@ -30,8 +30,8 @@ def _cost(default: float, unit: str) -> Any:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one of each takes. Planning, commit, log and memory were measured by `tests/bench/driver.py` (2 cores AMD EPYC, to
-    1M units); the others are assumptions, to be replaced by your own figures.
+    """What one of each takes. Planning, handing out, commit, log and memory were measured by `tests/bench/driver.py` (2 cores AMD
+    EPYC, 1M units); the others are assumptions, to be replaced by your own figures.
     """
 
     gpus: float = _cost(256, "GPUs, one embedding process each")
@@ -43,8 +43,8 @@ class Costs:
     bytes_per_document: float = _cost(4200, "bytes of a document's rows in the table")
     documents_per_file: float = _cost(1_000_000, "documents in one file of the corpus")
     list_s: float = _cost(0.2, "s to list 1,000 objects of the store")
-    plan_us: float = _cost(12, "us of the driver to plan a unit")
-    dispatch_per_s: float = _cost(100, "units/s that the driver can hand out and take back")
+    plan_us: float = _cost(52, "us of the driver to plan a unit and give it to Ray Data")
+    dispatch_per_s: float = _cost(40, "units/s that the driver can hand out and take back")
     commit_us: float = _cost(90, "us to commit a part, checkpoint of the log included")
     log_bytes: float = _cost(410, "bytes of a part in the table's log")
     driver_bytes: float = _cost(6600, "bytes of the driver's memory for a unit")
