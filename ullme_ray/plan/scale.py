@@ -30,8 +30,8 @@ def _cost(default: float, unit: str) -> Any:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one of each takes. Planning, handing out, commit, log and memory were measured by `tests/bench/driver.py` (2 cores AMD
-    EPYC, 1M units); the others are assumptions, to be replaced by your own figures.
+    """What one of each takes. Planning, handing out, commit, log and memory were measured by `tests/bench/driver.py` (2 cores
+    AMD EPYC, 1M units); the others are assumptions, to be replaced by your own figures.
     """
 
     gpus: float = _cost(256, "GPUs, one embedding process each")
