@@ -29,7 +29,7 @@ import importlib, json, sys
 import ray
 from ray import serve
 config = json.loads(sys.argv[1])
-ray.init(address="local", num_cpus=5, include_dashboard=False)
+ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False)
 serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
 for app in config["applications"]:
     module, _, name = app["import_path"].partition(":")

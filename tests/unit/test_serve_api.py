@@ -262,11 +262,18 @@ def test_the_work_of_a_client_that_hung_up_is_dropped() -> None:
     run(test())
 
 
-def test_a_full_server_refuses_unread_requests_by_route_and_counts_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_server_refuses_before_it_looks_for_the_route_and_counts_it(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         backend = FakeBackend()
         backend.open.clear()
-        async with client(backend, max_queued_requests=1) as http:
+        api = create_api(NAME, ServeSpec(max_queued_requests=1), backend)
+        routed: dict[str, bool] = {}  # by path, whether FastAPI looked for its route
+
+        async def watched(scope: Any, receive: Any, send: Any) -> None:
+            await api(scope, receive, send)
+            routed[scope["path"]] = "route" in scope
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(watched), base_url="http://test") as http:
             first = asyncio.create_task(http.post("/embed", json={"inputs": "x"}))
             while not backend.calls:
                 await asyncio.sleep(0)
@@ -281,6 +288,7 @@ def test_a_full_server_refuses_unread_requests_by_route_and_counts_them(caplog: 
             assert [(line["route"], line["status"]) for line in logged] == [("/embed_all", 429), ("/v1/embeddings", 429)]
             assert (await http.post("/nowhere")).status_code == 404
             assert (await http.get("/info")).status_code == 200
+            assert routed == {"/embed_all": False, "/v1/embeddings": False, "/nowhere": False, "/info": True}
             backend.open.set()
             assert (await first).status_code == 200
             assert (await http.post("/embed_all", content=b"no JSON")).status_code == 400

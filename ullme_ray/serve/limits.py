@@ -95,7 +95,7 @@ class Admission:
 
 
 class RefuseOverload:
-    """Answers 429 where there is no place, before anything looks at the request: an overload must not live on refusals.
+    """Answers 429 where there is no place, before FastAPI looks for the route, which costs more than all the rest of a refusal.
 
     Args:
         paths: whose POST requests take a place. The routes ask for it themselves, for what passes here.
