@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ullme_ray.errors import UllmeError
+from ullme_ray.spec.cluster import WorkerGroupSpec
 from ullme_ray.spec.job import ActorsSpec
 
 MAX_ATTEMPTS = 6  # at a piece of work, or at loading the model; nodes come and go, so a few deaths are nobody's fault
@@ -116,14 +117,16 @@ def configure_ray_data() -> None:
     context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
 
 
-def pool_limit(stage: Stage, actors: ActorsSpec, num_units: int) -> int:
+def pool_limit(stage: Stage, actors: ActorsSpec, num_units: int, groups: Sequence[WorkerGroupSpec] = ()) -> int:
     """The most actors that leave a CPU for reading and writing: a pool that takes all would wait for its own input for ever.
+
+    Args:
+        groups: the job's, of workers; where an autoscaler starts them, those that are not there yet count too.
 
     Raises:
         UllmeError: the stage's, when not even the smallest pool fits this cluster.
     """
-    cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    cpus, gpus = _resources(groups)
     fits = int((cpus - 1) // actors.cpus_per_actor)
     if fits < actors.min:
         raise stage.error(
@@ -136,6 +139,16 @@ def pool_limit(stage: Stage, actors: ActorsSpec, num_units: int) -> int:
             f"{actors.gpus_per_actor * actors.min:g} GPUs, and this Ray cluster has {gpus:g}; lower them or add nodes"
         )
     return max(actors.min, min(actors.max, fits, num_units))
+
+
+def _resources(groups: Sequence[WorkerGroupSpec]) -> tuple[float, float]:
+    """CPUs and GPUs of the nodes that are there, or, if these are more, of those that an autoscaler may start."""
+    there = ray.cluster_resources()
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    if any(group.max > group.min for group in groups):
+        cpus = max(cpus, sum(group.max * group.cpus for group in groups))
+        gpus = max(gpus, sum(group.max * group.gpus for group in groups))
+    return cpus, gpus
 
 
 def explained(stage: Stage, error: Exception) -> UllmeError:

@@ -40,7 +40,7 @@ def run_units(units: list[Unit], context: EmbedContext, steps: Steps = Steps()) 
     Raises:
         UllmeError: whatever a step raised on purpose, or with Ray's reason for anything else.
     """
-    most = pool_limit(STAGE, embed_section(context.job).actors, len(units))
+    most = pool_limit(STAGE, embed_section(context.job).actors, len(units), context.job.cluster.workers)
     blocks = min(len(units), MOST_BLOCKS)
     for _, outcome in run_beside(STAGE, _flow, units, context, blocks, most, steps):
         yield outcome
