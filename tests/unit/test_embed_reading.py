@@ -6,12 +6,16 @@ import csv
 import gzip
 import io
 import json
+import re
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import Schema as DeltaSchema
 
 from ullme_ray.embed import reading
 from ullme_ray.embed.planning import list_input, plan_units, split_file
@@ -107,6 +111,31 @@ def test_parquet_columns_keep_their_types_as_far_as_a_delta_table_can_hold_them(
     rows = reading.read_unit(unit, SPEC, types)
     assert rows.good.select(["id", "lang"]).to_pylist() == [{"id": 1, "lang": "en"}]
     assert [row["reason"] for row in rows.dead.to_pylist()] == ["id is null"]
+
+
+def test_times_of_any_zone_are_kept_as_utc(tmp_path: Path) -> None:
+    moment = datetime(2026, 7, 1, 12, tzinfo=ZoneInfo("Europe/Berlin"))
+    times = pa.array([moment], pa.timestamp("ns", "Europe/Berlin"))
+    pq.write_table(pa.table({"id": ["1"], "title": ["x"], "body": ["y"], "lang": times}), tmp_path / "c.parquet")
+    file = only_file(tmp_path / "c.parquet")
+    types = reading.column_types(file, SPEC)
+    assert types.field("lang").type == pa.timestamp("us", "UTC")
+    (unit,) = split_file(file, 10)
+    rows = reading.read_unit(unit, SPEC, types)
+    assert rows.dead.num_rows == 0
+    assert rows.good["lang"].to_pylist() == [moment]
+    assert DeltaSchema.from_arrow(types)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.time64("us"), pa.duration("us"), pa.decimal256(50, 2), pa.list_(pa.duration("us"))], ids=str
+)
+def test_a_column_that_a_delta_table_cannot_hold_is_named_before_any_work(tmp_path: Path, kind: pa.DataType) -> None:
+    word = re.findall(r"time64|duration|decimal256", str(kind))[0]
+    columns = {"id": ["1"], "title": ["x"], "body": ["y"], "lang": pa.nulls(1, kind)}
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    with pytest.raises(EmbedError, match=rf"columns names column lang, which is .*{re.escape(word)}.* in .*; leave it out"):
+        reading.column_types(only_file(tmp_path / "c.parquet"), SPEC)
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:

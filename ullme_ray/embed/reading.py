@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from deltalake import Schema
 
 from ullme_ray.embed.formats import FORMATS
 from ullme_ray.embed.formats.columns import check_columns
@@ -61,11 +62,11 @@ def kept_columns(spec: EmbedInputSpec) -> list[str]:
 def column_types(file: InputFile, spec: EmbedInputSpec) -> pa.Schema:
     """The types that the id and the pass-through columns have in the table, as far as this file decides.
 
-    Parquet columns keep theirs, brought to what Delta tables can hold. Text formats have no types: all columns are strings, and
-    JSON values that are not strings are kept as JSON.
+    Parquet columns keep theirs, brought to what Delta tables can hold: times of any zone become UTC. Text formats have no
+    types: all columns are strings, and JSON values that are not strings are kept as JSON.
 
     Raises:
-        EmbedError: a column of the job is missing or not of a usable type.
+        EmbedError: a column of the job is missing, or not of a type that is usable or that a Delta table can hold.
     """
     with readable(file):
         schema = FORMATS[file.format].schema(file)
@@ -85,6 +86,11 @@ def column_types(file: InputFile, spec: EmbedInputSpec) -> pa.Schema:
             raise EmbedError(
                 f"embed.input.id names column {name}, which is {kind} in {file.path}; an id is text or a whole number"
             )
+        if not _is_storable(kind):
+            raise EmbedError(
+                f"embed.input.columns names column {name}, which is {kind} in {file.path}, and a Delta table holds no such "
+                f"values; leave it out, or write it as a type that Delta has, such as text, a number or a timestamp"
+            )
         types.append((name, kind))
     return pa.schema(types)
 
@@ -97,9 +103,17 @@ def _storable(kind: pa.DataType) -> pa.DataType:
     if types.is_null(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return pa.string()
     if types.is_timestamp(kind):
-        return pa.timestamp("us", kind.tz)
+        return pa.timestamp("us", None if kind.tz is None else "UTC")
     widened = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.int64()}
     return {**widened, pa.float16(): pa.float32(), pa.large_binary(): pa.binary()}.get(kind, kind)
+
+
+def _is_storable(kind: pa.DataType) -> bool:
+    try:
+        Schema.from_arrow(pa.schema([("column", kind)]))
+    except Exception:  # noqa: BLE001 - deltalake raises no narrower one
+        return False
+    return True
 
 
 def read_unit(unit: Unit, spec: EmbedInputSpec, types: pa.Schema) -> UnitRows:
