@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.exceptions import RayTaskError
 
-from ullme_ray.embed import index, node_folder
+from ullme_ray.embed import duplicates, index, node_folder
 from ullme_ray.embed.index import ContentIndex, Found, _read_entries, entries_of, lookup, open_sorted, write_sorted
 from ullme_ray.embed.parts import ChunkRows, Part, PartSettings, build_part, write_part
 from ullme_ray.embed.units import InputFile, Unit
+from ullme_ray.errors import EmbedError, StorageError, UllmeError
 from ullme_ray.spec.job import EmbedInputSpec
 from ullme_ray.vectors import VectorFormat
 
@@ -114,6 +119,42 @@ def test_parts_that_cannot_be_read_know_no_texts(tmp_path: Path) -> None:
     entries = sort(tmp_path, _read_entries(str(tmp_path), names, 0))
     assert look(entries, [digest(text) for text in ("alpha", "beta", "gamma")])["count"].tolist() == [1, 1, 0]
     assert look(sort(tmp_path, _read_entries(str(tmp_path), names[1:], 0)), [digest("gamma")])["count"].tolist() == [0]
+
+
+def test_a_part_whose_middle_is_damaged_knows_no_texts(tmp_path: Path) -> None:
+    """pyarrow raises a plain OSError for pages that it cannot decompress."""
+    texts = {f"{number} is a text of its own": 1 for number in range(500)}
+    part = write(tmp_path, "1", texts)
+    content, entries = index_over(tmp_path, (part, texts))
+    data = bytearray((tmp_path / part.name).read_bytes())
+    data[100:-2000] = bytes(len(data) - 2100)
+    (tmp_path / part.name).write_bytes(data)
+    with pytest.raises(OSError, match=r"."):
+        pq.read_table(tmp_path / part.name)
+    hashes = [digest(text) for text in texts]
+    assert Found(content, look(entries, hashes)).read(hashes) is None
+    assert not len(_read_entries(str(tmp_path), (part.name,), 0))
+    with pytest.raises(EmbedError, match=rf"{part.name} is damaged .*; put it back"):
+        duplicates._ids(str(tmp_path), part.name, "doc")
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (StorageError("s3://b/t cannot be read"), r"^s3://b/t cannot be read$"),
+        (OSError(5, "Input/output error"), r"^the table's parts cannot be read \(\[Errno 5\] Input/output error\)$"),
+    ],
+)
+def test_what_a_task_met_can_be_sent_on_and_does_not_pass_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, told: str
+) -> None:
+    def failed(reference: object) -> None:
+        raise RayTaskError("_read_entries", "a traceback", cause).as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", failed)
+    with pytest.raises(UllmeError, match=told) as met:
+        ContentIndex(str(tmp_path), (), ("a reference",), 1, "a-run").find([digest("x")])
+    assert str(pickle.loads(pickle.dumps(met.value))) == str(met.value)
 
 
 def test_equal_first_halves_are_told_apart_by_the_second(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 import ray
 
 from ullme_ray import storage
-from ullme_ray.embed.parts import Part, PartKey
+from ullme_ray.embed.flow import STAGE
+from ullme_ray.embed.parts import Part, PartKey, reading_part
 from ullme_ray.embed.reading import find_duplicates, id_hashes
 from ullme_ray.embed.steps import EmbedContext
+from ullme_ray.ray_data import explained
 from ullme_ray.table import id_column
 
 _PARTS_PER_TASK = 32
@@ -34,7 +36,11 @@ class Duplicates:
 
 
 def find_duplicate_ids(context: EmbedContext, parts: Mapping[PartKey, Part]) -> Duplicates:
-    """How many ids stand for more than one row of the corpus, and some of them."""
+    """How many ids stand for more than one row of the corpus, and some of them.
+
+    Raises:
+        UllmeError: a part of the table cannot be read.
+    """
     if context.settings.input.id is None:
         return Duplicates()  # ids made of file and row differ by themselves
     column = id_column(context.settings.input)
@@ -45,7 +51,10 @@ def find_duplicate_ids(context: EmbedContext, parts: Mapping[PartKey, Part]) -> 
     hashed: list[Any] = [read.remote(context.folder, batch, column, num_groups) for batch in batches]
     by_group = zip(*hashed) if num_groups > 1 else [hashed]
     repeated = ray.remote(_repeated).options(num_cpus=1)
-    found = np.concatenate([np.empty(0, np.uint64), *ray.get([repeated.remote(*group) for group in by_group])])
+    try:
+        found = np.concatenate([np.empty(0, np.uint64), *ray.get([repeated.remote(*group) for group in by_group])])
+    except ray.exceptions.RayError as error:
+        raise explained(STAGE, error) from error
     return Duplicates(len(found), _examples(context.folder, names, column, found[:_NUM_EXAMPLES]) if len(found) else ())
 
 
@@ -57,7 +66,7 @@ def _hashes_by_group(folder: str, names: list[str], column: str, num_groups: int
 
 def _ids(folder: str, name: str, column: str) -> pa.ChunkedArray:
     """The ids of a part's documents, once each: not of all their chunks."""
-    with storage.open_read(storage.join(folder, name)) as stream:
+    with reading_part(storage.join(folder, name)) as stream:
         rows = pq.read_table(stream, columns=[column, "chunk"])
     return rows.filter(pc.equal(rows["chunk"], 0))[column]
 

@@ -25,15 +25,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ullme_ray import storage
 from ullme_ray.embed.node_folder import has_room, made_once, node_folder, remove_node_folder
-from ullme_ray.embed.parts import ChunkRows, Part
-from ullme_ray.errors import EmbedError
+from ullme_ray.embed.parts import ChunkRows, Part, reading_part
+from ullme_ray.errors import EmbedError, UllmeError
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class ContentIndex:
         """Where the vectors of these content hashes lie.
 
         Raises:
-            EmbedError: this node's disk has no room for the index.
+            UllmeError: this node's disk has no room for the index, or a part of the table cannot be read.
         """
         return Found(self, lookup(*self._open(), hashes))
 
@@ -68,7 +67,7 @@ class ContentIndex:
         """Keys and entries, as `write_sorted` made them, without reading them."""
 
         def make(folder: Path) -> None:
-            write_sorted((ray.get(piece) for piece in self.pieces), self.num_rows, folder)
+            write_sorted(map(_piece, self.pieces), self.num_rows, folder)
 
         try:
             folder = made_once(node_folder(self.run) / "index", make)
@@ -165,9 +164,9 @@ def _open_records(path: str) -> np.ndarray:
 def _decode(path: str) -> np.ndarray:
     """A part's rows as records of the columns _COPIED; none of a part that is damaged or gone."""
     try:
-        with storage.open_read(path) as stream:
+        with reading_part(path) as stream:
             rows = pq.read_table(stream, columns=_COPIED).combine_chunks()
-    except (pa.ArrowException, FileNotFoundError):
+    except (EmbedError, FileNotFoundError):
         return np.empty(0, np.dtype([("content_hash", "S64")]))
     if not rows.num_rows:
         return np.empty(0, np.dtype([("content_hash", "S64")]))
@@ -191,13 +190,22 @@ def build_index(folder: str, parts: Iterable[Part]) -> ContentIndex | None:
     return ContentIndex(folder, names, pieces, sum(rows.values()), uuid.uuid4().hex)
 
 
+def _piece(reference: Any) -> np.ndarray:
+    """What a task of `build_index` read. Ray's own error cannot be sent on, and would pass for one of this node's disk."""
+    try:
+        return cast(np.ndarray, ray.get(reference))
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, UllmeError) else EmbedError(f"the table's parts cannot be read ({cause})") from None
+
+
 def _read_entries(folder: str, names: Sequence[str], first: int) -> np.ndarray:
     pieces = []
     for number in range(first, min(first + _PARTS_PER_TASK, len(names))):
         try:
-            with storage.open_read(storage.join(folder, names[number])) as stream:
+            with reading_part(storage.join(folder, names[number])) as stream:
                 rows = pq.read_table(stream, columns=["content_hash", "chunk"])
-        except (pa.ArrowException, FileNotFoundError):
+        except (EmbedError, FileNotFoundError):
             continue  # damaged, or gone with a version that nobody needs: its texts are embedded again where they are wanted
         pieces.append(entries_of(number, rows["content_hash"].to_pylist(), rows["chunk"].to_numpy()))
     return np.concatenate([np.empty(0, _ENTRY), *pieces])

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ullme_ray import storage
 from ullme_ray.embed.commit import active_parts
-from ullme_ray.embed.parts import Part, PartSettings, count_dead_letters, dead_letters_path
+from ullme_ray.embed.parts import Part, PartSettings, count_dead_letters, dead_letters_path, reading_part
 from ullme_ray.embed.planning import list_input
 from ullme_ray.embed.reading import column_types, read_unit
 from ullme_ray.embed.report import size_text
@@ -84,7 +84,8 @@ def describe_table(job: JobSpec) -> TableOverview:
     """Looks at the newest version of the job's table.
 
     Raises:
-        StorageError: there is none, or it cannot be read.
+        EmbedError: a file of dead letters is damaged.
+        StorageError: there is no table, or it cannot be read.
     """
     from ullme_ray.model import encoder_fingerprint
 
@@ -96,7 +97,7 @@ def describe_table(job: JobSpec) -> TableOverview:
     dead = {key: count for key, count in count_dead_letters(folder).items() if key in parts}
     reasons: Counter[str] = Counter()
     for key, count in dead.items():
-        with storage.open_read(storage.join(folder, dead_letters_path(key, count))) as stream:
+        with reading_part(storage.join(folder, dead_letters_path(key, count))) as stream:
             reasons.update(pq.read_table(stream, columns=["reason"])["reason"].to_pylist())
     return TableOverview(
         table=folder,
@@ -160,7 +161,7 @@ def verify_table(job: JobSpec, *, num_rows: int) -> Verification:
 
 def _unit_of(part: Part, folder: str, files: dict[str, InputFile], settings: PartSettings) -> Unit | None:
     """The rows of the corpus that a part was made from, if they are still there."""
-    with storage.open_read(storage.join(folder, part.name)) as stream:
+    with reading_part(storage.join(folder, part.name)) as stream:
         made = json.loads(pq.read_schema(stream).metadata[PROVENANCE_KEY])
     file = files.get(made["file"])
     if file is None:
@@ -172,7 +173,7 @@ def _unit_of(part: Part, folder: str, files: dict[str, InputFile], settings: Par
 
 def _compare(part: Part, unit: Unit, context: EmbedContext, encoder: Any, choice: random.Random, most: int) -> list[float]:
     """Cosines of some of a part's vectors with those that its texts have now."""
-    with storage.open_read(storage.join(context.folder, part.name)) as stream:
+    with reading_part(storage.join(context.folder, part.name)) as stream:
         stored = pq.read_table(stream)
     rows = read_unit(unit, context.settings.input, context.settings.types)
     first_chunks = np.flatnonzero(stored["chunk"].to_numpy() == 0)

@@ -9,14 +9,15 @@ size in the table's log stays true.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.metadata import version as installed_version
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -223,14 +224,34 @@ def missing_parts(folder: str, parts: Iterable[Part]) -> list[str]:
     return [part.name for part in parts if part.name not in there]
 
 
+@contextlib.contextmanager
+def reading_part(path: str) -> Iterator[IO[bytes]]:
+    """A part, or a file of dead letters, to be read in the `with` block.
+
+    Raises:
+        EmbedError: it is damaged.
+        FileNotFoundError: it is gone.
+    """
+    try:
+        with storage.open_read(path) as stream:
+            yield stream
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; pyarrow's, of bytes that it cannot decode, have no number
+        raise EmbedError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); put it back from a copy, or remove the table's folder and run "
+            f"`ullme-ray embed` to make the table anew"
+        ) from error
+
+
 def open_part(info: storage.FileInfo) -> Part | None:
     """A part that an earlier run left, or None if it is damaged. Costs reading its footer."""
     parsed = parse_part_name(info.path)
     assert parsed is not None
     try:
-        with storage.open_read(info.path) as stream:
+        with reading_part(info.path) as stream:
             return Part(*parsed, int(pq.read_metadata(stream).num_rows), info.num_bytes)
-    except (pa.ArrowException, FileNotFoundError):
+    except (EmbedError, FileNotFoundError):
         return None
 
 
