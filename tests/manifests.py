@@ -33,7 +33,7 @@ def complaints(manifest: dict[str, Any]) -> list[str]:
     """Why the manifest would be refused; empty where it would be taken."""
     kind, group = manifest.get("kind", ""), manifest.get("apiVersion", "")
     if kind == "Kustomization":
-        return []
+        return _kustomization(manifest)
     found = _labels(manifest)
     if group == "ray.io/v1":
         schema = _schemas()[kind]
@@ -47,6 +47,15 @@ def complaints(manifest: dict[str, Any]) -> list[str]:
     if not found:
         found += broken_rules(manifest)
     return found
+
+
+def _kustomization(manifest: dict[str, Any]) -> list[str]:
+    """What we write of it, for no schema is to be had: files, each once."""
+    files = manifest.get("resources")
+    if set(manifest) != {"apiVersion", "kind", "resources"} or manifest["apiVersion"] != "kustomize.config.k8s.io/v1beta1":
+        return ["a kustomization has apiVersion, kind and resources"]
+    is_list = isinstance(files, list) and all(isinstance(name, str) and name.endswith(".yaml") for name in files)
+    return [] if is_list and files and len(set(files)) == len(files) else ["resources is no list of files"]
 
 
 @lru_cache(maxsize=1)

@@ -71,6 +71,29 @@ def test_with_roots_local_paths_lie_below_them(tmp_path: Path, monkeypatch: pyte
         storage.list_files(str(inside))
 
 
+EVERYWHERE = """
+name: everywhere
+storage: runs
+model: {base: /proc/1/a}
+train: {data: [{path: /proc/1/b}], validation: {path: /proc/1/c}}
+mine: {output: /proc/1/d.jsonl, corpus: {path: /proc/1/e}, encoder: {base: /proc/1/f}}
+evaluate:
+  local: [{path: /proc/1/g, corpus: [/proc/1/h]}]
+  mteb: [{folder: /proc/1/i, type: retrieval}]
+  models: [{name: other, base: /proc/1/j}]
+  generation: {path: /proc/1/k}
+embed: {input: {path: /proc/1/l}, output: {path: /proc/1/m}}
+serve: {models: [{name: second, base: /proc/1/n}], adapters: [{name: third, path: /proc/1/o}]}
+"""
+
+
+def test_every_place_of_a_job_file_is_looked_at() -> None:
+    with pytest.raises(JobFileError) as refused:
+        parse_job(EVERYWHERE.encode())
+    missing = [letter for letter in "abcdefghijklmno" if f"/proc/1/{letter}" not in str(refused.value)]
+    assert missing == []
+
+
 @pytest.mark.parametrize(
     "host",
     [

@@ -172,6 +172,8 @@ MUTATIONS: dict[str, tuple[JobSpec, str, Mutation]] = {
     "policy without a selector": (NIGHTLY, "NetworkPolicy", lambda m: spec(m).pop("podSelector") and spec(m).update(pods={})),
     "policy of an unknown type": (NIGHTLY, "NetworkPolicy", put(spec, policyTypes="Ingress")),
     "config that is a number": (NIGHTLY, "ConfigMap", put(lambda m: m["data"], retries=3)),
+    "misspelt resources": (NIGHTLY, "Kustomization", lambda m: m.update(resource=m.pop("resources"))),
+    "a resource twice": (NIGHTLY, "Kustomization", lambda m: m["resources"].append(m["resources"][0])),
 }
 
 
@@ -213,6 +215,18 @@ def test_stages_run_as_one_job_and_a_server_by_itself() -> None:
     assert [group["groupName"] for group in cluster(find(job, "RayService"))["workerGroupSpecs"]] == ["serve"]
 
 
+def test_a_run_and_a_server_of_one_job_have_names_of_their_own() -> None:
+    """KubeRay makes a service NAME-head-svc for each RayJob and each RayService."""
+    job = load_job(ROOT / "jobs" / "quickstart.yaml", ["cluster.volume_gb=50"])
+    assert find(job, "RayJob")["metadata"]["name"] != find(job, "RayService")["metadata"]["name"]
+
+
+def test_no_pod_of_ray_has_a_name_that_the_heads_service_does_not_look_for() -> None:
+    for manifest in (*rendered(TRAINING), *rendered(NIGHTLY), *read(find_cron_template(NIGHTLY))):
+        if manifest["kind"].startswith("Ray"):
+            assert "app.kubernetes.io/name" not in str(manifest)
+
+
 def test_gpu_workers_start_from_zero_on_spot_nodes_and_serving_ones_stay() -> None:
     run = read(find_cron_template(NIGHTLY))[0]
     (embed,) = cluster(run)["workerGroupSpecs"]
@@ -250,7 +264,7 @@ def pods(value: Any) -> list[dict[str, Any]]:
 def test_ray_has_one_version_everywhere() -> None:
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     (ray,) = [need for need in needs if need.startswith("ray[")]
-    assert ray.endswith(f"=={RAY_VERSION.rpartition('.')[0]}.*")
+    assert ray.endswith(f"=={RAY_VERSION}")
     assert version("ray") == RAY_VERSION
     dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
     assert re.findall(r"^ARG RAY_VERSION=(.*)$", dockerfile, flags=re.MULTILINE) == [RAY_VERSION]
@@ -273,6 +287,8 @@ def test_a_secret_that_is_set_here_is_nowhere_in_the_manifests(monkeypatch: pyte
         ("serve.api_keys=file:/home/me/keys", "serve.api_keys = file:/home/me/keys is a file of this machine"),
         ("storage=runs", "storage = runs is a folder of this machine"),
         ("embed.input.path=corpus.jsonl", "embed.input.path = corpus.jsonl is on this machine"),
+        ("model.base=/models/own", "model.base = /models/own is on this machine"),
+        ("serve.adapters=[{name: a, path: adapter}]", "serve.adapters.0.path = adapter is on this machine"),
         ("cluster.volume_gb=10", "cluster.volume_gb is for a local storage"),
         ("name=7nights", "must begin with a letter"),
         (f"name={'a' * 40}", "takes 36 at most"),

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from ullme_ray.deploy.starter import Kubernetes, start_and_wait
+from ullme_ray.deploy.starter import Kubernetes, of_job, start_and_wait
 from ullme_ray.errors import UllmeError
 
-MANIFEST = {"kind": "RayJob", "metadata": {"name": "nightly", "namespace": "ullme"}, "spec": {}}
+TEMPLATE = {"kind": "RayJob", "metadata": {"name": "nightly", "namespace": "other"}, "spec": {}}
+MANIFEST = of_job(TEMPLATE, "nightly-29400123", "uid-1", "ullme")
+NAME = "nightly-29400123-r"
 PATH = "/apis/ray.io/v1/namespaces/ullme/rayjobs"
 TOKEN = "token-of-the-pod"
 
@@ -26,14 +28,13 @@ class Api:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.states: list[dict[str, Any]] = []
         self.refuse: int | None = None
-        self.outages = 0
+        self.outages: list[int] = []
 
     def answer(self, method: str, path: str, token: str, body: Any) -> tuple[int, Any]:
         if token != f"Bearer {TOKEN}":
             return 401, {}
         if self.outages:
-            self.outages -= 1
-            return 503, {}
+            return self.outages.pop(), {}
         if self.refuse is not None:
             return self.refuse, {"message": "admission webhook says no"}
         if method == "POST":
@@ -81,16 +82,19 @@ def api() -> Iterator[tuple[Api, str]]:
 def run(url: str, folder: Path, *, token: str = TOKEN) -> int:
     (folder / "token").write_text(token + "\n")
     cluster = Kubernetes(url, "ullme", folder / "token", None)
-    return start_and_wait(cluster, MANIFEST, "nightly-29400123", poll_s=0.01)
+    return start_and_wait(cluster, MANIFEST, poll_s=0.01)
 
 
 def test_it_waits_for_the_end_of_the_run_it_created(api: tuple[Api, str], tmp_path: Path, capsys: Any) -> None:
     kubernetes, url = api
     states = [{}, {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}]
     kubernetes.states = [*states, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}]
-    kubernetes.outages = 2
+    kubernetes.outages = [503, 429]
     assert run(url, tmp_path) == 0
-    assert list(kubernetes.jobs) == ["nightly-29400123"]
+    assert list(kubernetes.jobs) == [NAME]
+    assert kubernetes.jobs[NAME]["metadata"]["namespace"] == "ullme"  # the pod's own, not that of the text
+    (owner,) = kubernetes.jobs[NAME]["metadata"]["ownerReferences"]
+    assert owner["name"] != NAME  # under which KubeRay makes a Job of its own
     assert "Running RUNNING" in capsys.readouterr().out
 
 
@@ -110,10 +114,18 @@ def test_it_fails_with_the_run(end: dict[str, Any], api: tuple[Api, str], tmp_pa
 
 def test_a_second_starter_waits_for_the_run_of_the_first(api: tuple[Api, str], tmp_path: Path, capsys: Any) -> None:
     kubernetes, url = api
-    kubernetes.jobs["nightly-29400123"] = MANIFEST
+    kubernetes.jobs[NAME] = MANIFEST
     kubernetes.states = [{"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}]
     assert run(url, tmp_path) == 0
     assert "exists already" in capsys.readouterr().out
+
+
+def test_the_run_of_an_earlier_job_is_not_taken_for_its_own(api: tuple[Api, str], tmp_path: Path) -> None:
+    kubernetes, url = api
+    kubernetes.jobs[NAME] = of_job(TEMPLATE, "nightly-29400123", "uid-0", "ullme")
+    kubernetes.states = [{"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}]
+    with pytest.raises(UllmeError, match="earlier Job"):
+        run(url, tmp_path)
 
 
 def test_a_run_that_vanished_is_a_failure(api: tuple[Api, str], tmp_path: Path) -> None:

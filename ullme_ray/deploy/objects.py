@@ -66,9 +66,9 @@ def network_policy(job: JobSpec) -> Manifest:
     if job.serve is not None:
         clients = {"podSelector": {"matchLabels": {"ullme-ray/client": "true"}}, "namespaceSelector": {}}
         ingress.append({"from": [clients], "ports": _ports(SERVE_PORT)})
-    egress = [
-        {"to": [{"ipBlock": {"cidr": everywhere, "except": list(hosts)}}]} for everywhere, hosts in _METADATA_HOSTS.items()
-    ]
+    egress: list[Manifest] = [{"to": [{"namespaceSelector": {}}]}]  # pods, which Cilium does not count among addresses
+    for everywhere, hosts in _METADATA_HOSTS.items():
+        egress.append({"to": [{"ipBlock": {"cidr": everywhere, "except": list(hosts)}}]})
     spec = {
         "podSelector": {"matchLabels": labels(job)},
         "policyTypes": ["Ingress", "Egress"],
@@ -135,12 +135,11 @@ def starter_name(job: JobSpec) -> str:
 def _starter_job(job: JobSpec, name: str) -> Manifest:
     size = {"cpu": "100m", "memory": "256Mi"}
     own_labels = {"app.kubernetes.io/name": "ullme-ray-starter", "app.kubernetes.io/instance": job.name}
-    run_id = {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}}
     container: dict[str, Any] = {
         "name": "starter",
         "image": image(job, gpus=False),
         "command": ["python", "-m", "ullme_ray.deploy.starter", RUN_FILE],
-        "env": [{"name": "RUN_NAME", "valueFrom": run_id}],
+        "env": [_label("JOB_NAME", "job-name"), _label("JOB_UID", "controller-uid")],
         "resources": {"requests": size, "limits": dict(size)},
         "securityContext": locked_down(),
         "volumeMounts": [{"name": "run", "mountPath": RUN_FOLDER, "readOnly": True}],
@@ -159,6 +158,11 @@ def _starter_job(job: JobSpec, name: str) -> Manifest:
             },
         },
     }
+
+
+def _label(variable: str, label: str) -> Manifest:
+    """A variable with what Kubernetes notes on the pod of its Job."""
+    return {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['batch.kubernetes.io/{label}']"}}}
 
 
 def kustomization(files: list[str]) -> Manifest:

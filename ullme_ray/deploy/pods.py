@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from ullme_ray import logs, reach
 from ullme_ray.deploy.versions import image
 from ullme_ray.errors import JobFileError, Problem
 from ullme_ray.spec.cluster import WorkerGroupSpec
@@ -30,8 +31,11 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def labels(job: JobSpec) -> dict[str, str]:
-    """What every object of the job carries, and what the network policy goes by."""
-    return {"app.kubernetes.io/name": "ullme-ray", "app.kubernetes.io/instance": job.name}
+    """What every object of the job carries, and what the network policy goes by.
+
+    `app.kubernetes.io/name` is KubeRay's own: a pod with another value is not found by the head's service.
+    """
+    return {"app.kubernetes.io/part-of": "ullme-ray", "app.kubernetes.io/instance": job.name}
 
 
 def metadata(job: JobSpec, name: str | None = None) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def from_secret(job: JobSpec, key: str, *, optional: bool = False) -> dict[str, 
 
 def environment(job: JobSpec) -> list[dict[str, Any]]:
     """The variables of every Ray container. Values of secrets stay in Kubernetes' Secret."""
-    plain = {**_KEEPALIVE, **_QUIET, "ULLME_LOG_FORMAT": "json"}
+    plain = {**_KEEPALIVE, **_QUIET, logs.VARIABLE: "json", reach.ROOTS: STORAGE_MOUNT}
     variables: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in plain.items()]
     needed = [name for name in secret_variables(job) if name != _redis_variable(job)]
     variables += [{"name": name, "valueFrom": from_secret(job, name)} for name in needed]

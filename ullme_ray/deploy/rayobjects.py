@@ -103,7 +103,9 @@ def _submitter(job: JobSpec) -> Manifest:
 
 
 def ray_job(job: JobSpec, stages: tuple[str, ...], job_text: str) -> Manifest:
-    return {"apiVersion": API, "kind": "RayJob", "metadata": metadata(job), "spec": ray_job_spec(job, stages, job_text)}
+    """Its name is not that of the RayService beside it: the operator makes a service NAME-head-svc for each."""
+    name = metadata(job, f"{job.name}-run" if job.serve else job.name)
+    return {"apiVersion": API, "kind": "RayJob", "metadata": name, "spec": ray_job_spec(job, stages, job_text)}
 
 
 def ray_service(job: JobSpec, job_text: str) -> Manifest:

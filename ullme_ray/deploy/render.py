@@ -14,6 +14,7 @@ from ullme_ray.deploy.rules import broken_rules
 from ullme_ray.deploy.text import Manifest, dump
 from ullme_ray.errors import JobFileError, Problem, StorageError
 from ullme_ray.spec.job import JobSpec
+from ullme_ray.spec.places import places
 
 _BATCH = ("train", "evaluate", "embed")
 _HEAD = "# Made by `ullme-ray render` from the job {name}; change the job file and render again.\n"
@@ -109,21 +110,8 @@ def _check(job: JobSpec) -> None:
         )
     if is_remote and job.cluster.volume_gb is not None:
         problems.append(Problem("cluster.volume_gb", "is for a local storage, and this one is on S3; remove it"))
-    for where, path in _inputs(job):
+    for where, path in places(job).items():
         if not path.startswith(("s3://", "run:", f"{STORAGE_MOUNT}/")):
             problems.append(Problem(where, f"= {path} is on this machine; put it on S3, or below {STORAGE_MOUNT}"))
     if problems:
         raise JobFileError(job.name, problems)
-
-
-def _inputs(job: JobSpec) -> list[tuple[str, str]]:
-    found = []
-    if job.train:
-        found += [(f"train.data.{i}.path", source.path) for i, source in enumerate(job.train.data)]
-        if job.train.validation:
-            found.append(("train.validation.path", job.train.validation.path))
-    if job.evaluate:
-        found += [(f"evaluate.local.{i}.path", local.path) for i, local in enumerate(job.evaluate.local)]
-    if job.embed:
-        found += [("embed.input.path", job.embed.input.path), ("embed.output.path", job.embed.output.path)]
-    return found

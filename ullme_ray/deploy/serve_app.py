@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ray.serve import Application
 
+from ullme_ray import logs
 from ullme_ray.runtime import quiet_libraries
 from ullme_ray.serve.launch import build_app
 from ullme_ray.spec import absolute_paths, load_job
@@ -12,4 +13,6 @@ from ullme_ray.spec import absolute_paths, load_job
 def application(args: dict[str, str]) -> Application:
     """The server of the job file at `args["job"]`."""
     quiet_libraries()
-    return build_app(absolute_paths(load_job(args["job"])))
+    job = absolute_paths(load_job(args["job"]))
+    logs.set_up(job=job.name)
+    return build_app(job)

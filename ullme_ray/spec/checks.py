@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ullme_ray.reach import refused_path, refused_url
 from ullme_ray.spec.evaluation import EvaluateSpec
 from ullme_ray.spec.job import EmbedOutputSpec, JobSpec, LatentAttentionSpec, MineSpec, ServeSpec, TrainSpec
+from ullme_ray.spec.places import places
 
 
 @dataclass(frozen=True)
@@ -306,25 +307,7 @@ def _stored_vectors(job: JobSpec, output: EmbedOutputSpec) -> Iterator[Contradic
 
 
 def _paths(job: JobSpec) -> Iterator[Contradiction]:
-    paths = {"storage": job.storage}
-    if job.train:
-        paths |= {f"train.data.{i}.path": source.path for i, source in enumerate(job.train.data)}
-        if job.train.validation:
-            paths["train.validation.path"] = job.train.validation.path
-    if job.evaluate:
-        paths |= {f"evaluate.local.{i}.path": local.path for i, local in enumerate(job.evaluate.local)}
-        paths |= {f"evaluate.mteb.{i}.folder": task.folder for i, task in enumerate(job.evaluate.mteb) if task.folder}
-        if job.evaluate.generation:
-            paths["evaluate.generation.path"] = job.evaluate.generation.path
-    if job.embed:
-        paths |= {"embed.input.path": job.embed.input.path, "embed.output.path": job.embed.output.path}
-    if job.mine:
-        paths["mine.output"] = job.mine.output
-        if job.mine.corpus:
-            paths["mine.corpus.path"] = job.mine.corpus.path
-    if job.model.base.startswith(("/", "~", ".", "file://")):
-        paths["model.base"] = job.model.base
-    for where, path in paths.items():
+    for where, path in {"storage": job.storage, **places(job)}.items():
         scheme, separator, rest = path.partition("://")
         if separator and scheme not in ("s3", "file"):
             yield Contradiction(
