@@ -24,6 +24,7 @@ from ullme_ray.errors import StorageError, UllmeError
 from ullme_ray.progress import duration
 from ullme_ray.reach import refused_url
 from ullme_ray.spec import JobSpec, RunFolder
+from ullme_ray.spec.cluster import ScheduleSpec
 from ullme_ray.spec.cron import Cron
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def recorded(job: JobSpec, stages: Sequence[str]) -> Iterator[Run]:
     )
     logs.set_up(job=job.name, run=run.id)
     with contextlib.suppress(UllmeError, OSError):
-        run.notes = _notes(job, runs(job), now)
+        run.notes = _notes(job, run.stages, runs(job), now)
     _save(job, run)
     stop = threading.Event()
     beat = threading.Thread(target=_keep_seen, args=(job, run, stop), daemon=True, name="ullme-ledger")
@@ -160,7 +161,7 @@ def _keep_seen(job: JobSpec, run: Run, stop: threading.Event) -> None:
         _save(job, run)
 
 
-def _notes(job: JobSpec, earlier: Sequence[Run], now: datetime) -> list[str]:
+def _notes(job: JobSpec, stages: Sequence[str], earlier: Sequence[Run], now: datetime) -> list[str]:
     notes = []
     for run in earlier:
         if run.state(now) == "running":
@@ -169,15 +170,22 @@ def _notes(job: JobSpec, earlier: Sequence[Run], now: datetime) -> list[str]:
             )
     if earlier and (last := earlier[-1]).state(now) == "died":
         notes.append(f"the last run, {last.id} on {last.host}, ended without a word; this one goes on from what it left")
-    if job.schedule is not None and earlier:
-        since = max(datetime.fromisoformat(earlier[-1].started), now - timedelta(days=366))
-        due = list(Cron.parse(job.schedule.cron).between(since, now, job.schedule.timezone))
-        if len(due) > 1:
-            notes.append(
-                f"{len(due) - 1} scheduled runs were missed since {earlier[-1].started[:16]} UTC, the first at"
-                f" {due[0]:%Y-%m-%d %H:%M} {job.schedule.timezone}; this run does their work too"
-            )
+    if job.schedule is not None:
+        scheduled = set(job.schedule.stages) or set(job.stages) - {"serve"}
+        alike = [run.started for run in earlier if scheduled <= set(run.stages)]
+        if alike and scheduled <= set(stages):
+            notes += _missed(job.schedule, alike[-1], now)
     return notes
+
+
+def _missed(schedule: ScheduleSpec, started: str, now: datetime) -> Iterator[str]:
+    since = max(datetime.fromisoformat(started), now - timedelta(days=366))
+    due = list(Cron.parse(schedule.cron).between(since, now, schedule.timezone))
+    if len(due) > 1:
+        yield (
+            f"{len(due) - 1} scheduled runs were missed since {started[:16]} UTC, the first at"
+            f" {due[0]:%Y-%m-%d %H:%M} {schedule.timezone}; this run does their work too"
+        )
 
 
 def _tell_webhook(job: JobSpec, run: Run) -> None:

@@ -24,7 +24,7 @@ def due(cron: str, start: str, end: str, zone: str = "UTC") -> list[str]:
         ("15 6 * * fri", ["11-27 06:15"]),
         ("0 9 1,27 * *", ["11-27 09:00"]),
         ("0 9 1 * sat", ["11-28 09:00"]),  # a day of the month or a day of the week
-        ("0 9 * * 7", []),
+        ("0 9 * * 0", []),
         ("5-10/5 0 * nov *", ["11-27 00:05", "11-27 00:10", "11-28 00:05", "11-28 00:10"]),
     ],
 )
@@ -55,6 +55,7 @@ def test_the_wall_clock_of_the_zone_counts() -> None:
         "x 3 * * *",
         "0 5-3 * * *",
         "*/0 3 * * *",
+        "0 9 * * 7",  # Sunday to cron, refused by Kubernetes
     ],
 )
 def test_what_is_no_schedule_is_refused(cron: str) -> None:

@@ -97,6 +97,17 @@ def test_overlapping_dead_and_missed_runs_are_told(job: JobSpec, tmp_path: Path)
     assert len(states) == 5
 
 
+def test_a_run_of_other_stages_neither_makes_up_for_a_night_nor_says_so(job: JobSpec, tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    put(job, tmp_path, id="1", exit_code=0, started=(now - timedelta(days=4)).isoformat())
+    put(job, tmp_path, id="2", exit_code=0, stages=["evaluate"], started=now.isoformat())
+    with recorded(job, ("evaluate",)) as run:
+        assert run.notes == []
+    with recorded(job, ("embed",)) as run:
+        (missed,) = run.notes
+    assert "3 scheduled runs were missed" in missed
+
+
 def test_states() -> None:
     now = datetime.now(UTC)
     old = (now - timedelta(hours=1)).isoformat()

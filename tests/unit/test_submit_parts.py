@@ -11,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ullme_ray.cli import app
-from ullme_ray.deploy.submit import _Log, exit_code, packed, submit_job
+from ullme_ray.deploy import submit
+from ullme_ray.deploy.submit import Cluster, _Log, exit_code, packed, submit_job
+from ullme_ray.errors import UllmeError
 from ullme_ray.spec import load_job, parse_job
 
 JOB = b"""
@@ -60,6 +62,30 @@ def ended(status: str, code: int | None = None) -> Any:
 )
 def test_what_an_end_means(details: Any, code: int | None) -> None:
     assert exit_code(details) == code
+
+
+class Cut(Cluster):
+    """A cluster whose answers are given; None where the way to it is cut."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    def details(self, submission: str) -> Any:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer is None:
+            raise UllmeError("cannot ask the cluster")
+        return answer
+
+    async def _tail(self, submission: str, log: Any) -> None:
+        raise ConnectionError
+
+
+def test_following_outlives_a_cut_way_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_POLL_S", 0.01)
+    assert Cut(ended("RUNNING"), None, None, ended("FAILED", -9)).follow("sent-1", print).driver_exit_code == -9
+    monkeypatch.setattr(submit, "_OUTAGE_S", 0.05)
+    with pytest.raises(UllmeError, match="cannot ask"):
+        Cut(ended("RUNNING"), None).follow("sent-1", print)
 
 
 class Played:

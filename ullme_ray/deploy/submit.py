@@ -26,6 +26,7 @@ STOPPED = 130  # exit code of a job that was stopped, as of one that is stopped 
 _OWN_CODES = (0, 1, 2, STOPPED)  # of a driver that ended by itself; any other means that something killed it
 _NAME = "ullme_job"  # of the metadata that holds the job's name
 _POLL_S = 1.0
+_OUTAGE_S = 300.0  # of the way to the cluster, such as a port-forward that is opened again
 RESUBMIT_AFTER_S = 5.0  # in which what a killed driver had started ends by itself
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -98,18 +99,25 @@ class Cluster:
             return str(self._client.get_job_logs(submission))
 
     def follow(self, submission: str, write: Say) -> Any:
-        """Writes the log as it grows until the job has ended; gives its details then."""
-        log = _Log(write)
+        """Writes the log as it grows until the job has ended; gives its details then.
+
+        Raises:
+            UllmeError: the cluster has not answered for five minutes.
+        """
+        log, seen_at = _Log(write), time.monotonic()
         while True:
-            is_over = self._is_over(submission)
+            try:
+                details = self.details(submission)
+                seen_at = time.monotonic()
+            except UllmeError:
+                if time.monotonic() - seen_at > _OUTAGE_S:
+                    raise
+                details = None
             with contextlib.suppress(Exception):  # a connection that breaks off is made again, after what was written
                 asyncio.run(self._tail(submission, log))
-            if is_over:
-                return self.details(submission)
+            if details is not None and details.status.is_terminal():
+                return details
             time.sleep(_POLL_S)
-
-    def _is_over(self, submission: str) -> bool:
-        return bool(self.details(submission).status.is_terminal())
 
     async def _tail(self, submission: str, log: _Log) -> None:
         log.begin()

@@ -26,7 +26,7 @@ _FIELDS: tuple[tuple[str, int, int, dict[str, int]], ...] = (
     ("hour", 0, 23, {}),
     ("day of month", 1, 31, {}),
     ("month", 1, 12, _MONTHS),
-    ("day of week", 0, 7, _DAYS),
+    ("day of week", 0, 6, _DAYS),  # Kubernetes has no 7 for Sunday
 )
 
 
@@ -49,8 +49,7 @@ class Cron:
         if len(fields) != len(_FIELDS):
             raise ValueError(f"5 fields (minute hour day-of-month month day-of-week) or @daily, not {len(fields)}")
         sets = [_values(field, *kind) for field, kind in zip(fields, _FIELDS, strict=True)]
-        weekdays = frozenset(day % 7 for day in sets[4])
-        return cls(sets[0], sets[1], sets[2], sets[3], weekdays, fields[2].startswith("*"), fields[4].startswith("*"))
+        return cls(sets[0], sets[1], sets[2], sets[3], sets[4], fields[2].startswith("*"), fields[4].startswith("*"))
 
     def _is_due_on(self, day: datetime) -> bool:
         in_month, in_week = day.day in self.days, day.isoweekday() % 7 in self.weekdays
