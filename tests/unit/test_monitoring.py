@@ -12,7 +12,7 @@ from ullme_ray.telemetry import METRICS
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cluster" / "monitoring"
-_KNOWN_BY_OTHERS = {"kube_job_status_failed"}  # of kube-state-metrics
+_KNOWN_BY_OTHERS = {"kube_job_failed"}  # of kube-state-metrics
 _FUNCTIONS = {"rate", "increase", "changes", "sum", "max", "by", "and", "histogram_quantile"}
 _LABELS = {"job", "fate", "err", "le", "method", "model", "app_kubernetes_io_instance"}
 _SERVE = (ROOT / "ullme_ray" / "serve" / "metrics.py").read_text(encoding="utf-8")
