@@ -70,8 +70,8 @@ def running(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, ray_local:
         api_keys=f"file:{tmp}/keys",
         replicas={"min": 2, "max": 2},
         tokens_per_batch=512,
-        max_inputs=200,
-        max_body_bytes=2_000_000,
+        max_inputs=300,
+        max_body_bytes=6_000_000,
     )
     encoder = open_encoder(job, device="cpu")
     with start_server(job) as server:
@@ -168,6 +168,16 @@ def test_info_health_and_truncation_are_visible(running: Running) -> None:
         assert answer.headers["x-truncated-inputs"] == "1"
 
 
+def test_a_request_and_an_answer_of_more_than_four_mebibytes_arrive(running: Running) -> None:
+    """By token ids, of which each takes two bytes in the request, also between Ray's processes."""
+    assert 300 * 8_000 * 2 > 4 * 2**20
+    assert 300 * 128 * 32 * 4 > 4 * 2**20
+    with running.http() as http:
+        answer = http.post("/embed_all", json={"inputs": [[5] * 8_000] * 300})
+    assert answer.status_code == 200, answer.text[:300]
+    assert np.array(answer.json()).shape == (300, 128, 32)
+
+
 def bad_requests(name: str) -> list[tuple[str, str, bytes]]:
     """(method, path, body) that must be refused in JSON."""
 
@@ -175,7 +185,7 @@ def bad_requests(name: str) -> list[tuple[str, str, bytes]]:
         return json.dumps({"input": "x", "model": name} | fields).encode()
 
     inputs: list[object] = ["", [], None, 7, 1.5, True, {}, ["x", ""], ["x", 1], [[]], [[1], []], [-1], [10**6], [[2**80]]]
-    inputs += [[1.5], [None], [["x"]], [[[1]]], ["x"] * 201, [[1], "x"], [False]]
+    inputs += [[1.5], [None], [["x"]], [[[1]]], ["x"] * 301, [[1], "x"], [False]]
     raw = [
         b"",
         b"{",
@@ -200,7 +210,7 @@ def bad_requests(name: str) -> list[tuple[str, str, bytes]]:
         body(**extra)
         for extra in ({"dimensions": "8"}, {"encoding_format": "hex"}, {"input_type": "doc"}, {"user": 3}, {"x": 1})
     ]
-    raw += [b"x" * 3_000_000, b'{"input":"' + b"y" * 2_000_000 + b'"}']
+    raw += [b"x" * 7_000_000, b'{"input":"' + b"y" * 6_000_000 + b'"}']
     posts = [("POST", "/v1/embeddings", content) for content in [*raw, *(body(input=value) for value in inputs)]]
     others = [
         ("GET", "/v1/embeddings"),

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
@@ -96,6 +98,16 @@ def test_a_request_whose_replica_died_is_asked_again() -> None:
         with pytest.raises(ApiError) as error:
             await over(always).embed(CALL)
         assert (error.value.status, len(always.calls)) == (503, ATTEMPTS)
+
+    run(test())
+
+
+def test_a_message_too_large_for_grpc_is_told_and_not_repeated() -> None:
+    async def test() -> None:
+        large = FakeReplicas(result=AioRpcError(StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata()))
+        with pytest.raises(ApiError) as error:
+            await over(large).embed(CALL)
+        assert (error.value.status, len(large.calls)) == (413, 1)
 
     run(test())
 

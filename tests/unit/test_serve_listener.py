@@ -15,6 +15,7 @@ import httpx
 import pytest
 from test_serve_backend import FakeReplicas
 
+from ullme_ray.serve import front
 from ullme_ray.serve.ingress import Listener
 from ullme_ray.serve.launch import _SHORT_WAYS
 from ullme_ray.spec.job import ServeSpec
@@ -136,6 +137,16 @@ def test_a_listener_that_never_got_the_port_ends_at_once() -> None:
             await asyncio.wait_for(end(waiting), 5)
 
     asyncio.run(asyncio.wait_for(test(), 30))
+
+
+@pytest.mark.parametrize("variables", [_SHORT_WAYS["env_vars"], front.CALLBACK])
+def test_rays_processes_send_one_another_whatever_our_limits_allow(variables: dict[str, str]) -> None:
+    """Ray's own limit of a message is 4 MiB, for requests and answers alike."""
+    code = "from ray.serve._private import constants; print(constants.RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH)"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(told.stdout) == 2**31 - 1
 
 
 def test_rays_switch_for_speed_opens_no_second_http_port() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grpc import StatusCode
 from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -146,7 +147,9 @@ class ReplicaBackend:
                     except asyncio.CancelledError:
                         response.cancel()
                         raise
-                    except (RayActorError, AioRpcError):
+                    except (RayActorError, AioRpcError) as error:
+                        if _is_too_large(error):
+                            raise ApiError(413, "the request or its answer is too large; send fewer texts at once") from None
                         logger.warning("a model replica died under a request (attempt %d of %d)", attempt, ATTEMPTS)
                         if attempt == ATTEMPTS:
                             raise
@@ -163,6 +166,11 @@ class ReplicaBackend:
         if isinstance(answer.value, InputRefusedError):
             raise answer.value
         return answer.value
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether gRPC does not carry the message. Any replica would say so, and none is dead."""
+    return isinstance(error, AioRpcError) and error.code() == StatusCode.RESOURCE_EXHAUSTED
 
 
 def unavailable(message: str) -> ApiError:

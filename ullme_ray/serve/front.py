@@ -1,9 +1,9 @@
 """Runs inside Ray Serve's HTTP proxy, before Serve reads a request: keeps clients away from Serve's own control headers, and
 Serve from sending the request's id a second time.
 
-Only a RayService has that proxy (`deploy/rayobjects.py` sets this up there); `start_server` listens without it. Without this, a
-request could switch off its own cancellation, set its own timeout (answered with 408 in plain text), or get a 500 for a header
-that is not UTF-8.
+Only a RayService has that proxy (`deploy/rayobjects.py` sets this up there, by `CALLBACK` in its pods' environment);
+`start_server` listens without it. Without this, a request could switch off its own cancellation, set its own timeout (answered
+with 408 in plain text), or get a 500 for a header that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from collections.abc import Iterable, Iterator
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ullme_ray.serve.front:middlewares"}
+# Ray Serve's limit of a message between its processes, 4 MiB if nobody says otherwise; each reads it at its start. This is the
+# most that gRPC can send: how large requests and answers become is bounded by our own limits, of bodies, inputs and tokens.
+MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
+CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ullme_ray.serve.front:middlewares", **MESSAGES}
 
 _CONTROL_HEADERS = re.compile(rb"x-session-id|x-request-timeout-seconds|x-request-disconnect-disabled|serve-.*")
 _ID_HEADER = b"x-request-id"

@@ -26,6 +26,7 @@ from ray.serve.schema import LoggingConfig
 import ullme_ray
 from ullme_ray.errors import ServeError
 from ullme_ray.serve.embedder import Embedder
+from ullme_ray.serve.front import MESSAGES
 from ullme_ray.serve.ingress import Ingress, Listener
 from ullme_ray.serve.keys import KeyRing
 from ullme_ray.serve.models import Served, published_version, served_models
@@ -45,7 +46,7 @@ _ONE_MORE = 1  # percent, which Serve rounds up to one replica more than wanted,
 _HEAD_NODE = {"node:__internal_head__": 0.001}  # a resource that Ray gives every head node
 # Ray Serve's own switch: no thread of their own for a replica's code and for the router. Alone it would
 # also open an HTTP port of Serve's in the listener, without our keys and limits, and keep one that shall end alive for 30 s.
-_SHORT_WAYS = {"env_vars": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}}
+_SHORT_WAYS = {"env_vars": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", **MESSAGES}}
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
