@@ -187,6 +187,44 @@ def test_ids_that_stand_for_two_rows_are_told_and_kept(tmp_path: Path, tiny_base
     assert "1 ids stand for more than one row, such as d7" in report.to_text()
 
 
+def test_they_are_told_too_where_the_run_before_ended_at_its_commit(
+    tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, [*make_rows(40), {"id": "d7", "text": "another", "lang": "de"}], 2, "a")
+    job = make_job(tmp_path, tiny_base)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_embed(job)
+    report = run_embed(job)
+    assert (report.units_embedded, report.duplicate_ids) == (0, 1)
+    assert run_embed(job).duplicate_ids is None, "nothing has changed"
+
+
+def test_a_run_that_another_one_overtook_leaves_the_table_to_it(
+    tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, make_rows(40), 2, "a")
+    job = make_job(tmp_path, tiny_base)
+    check = pipeline._check_all_rows_accounted
+
+    def overtaken(*arguments: Any) -> None:
+        monkeypatch.setattr(pipeline, "_check_all_rows_accounted", check)
+        write_files(tmp_path, make_rows(30), 2, "a")
+        assert run_embed(job).table_rows == 30
+        check(*arguments)
+
+    monkeypatch.setattr(pipeline, "_check_all_rows_accounted", overtaken)
+    report = run_embed(job)
+    assert (report.gave_way, report.version, report.rows, report.table_rows) == (True, 0, 40, 30)
+    assert "the table stays as that one left it" in report.to_text()
+    assert len(read(tmp_path)) == 30
+
+
 def test_finished_files_are_published_while_the_run_goes_on(tmp_path: Path, tiny_base: str) -> None:
     write_files(tmp_path, make_rows(), 10, "a")
     job = make_job(tmp_path, tiny_base, embed__publish_every_minutes=1e-4)

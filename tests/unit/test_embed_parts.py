@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ullme_ray.embed.commit import active_parts, commit
+from ullme_ray.embed.commit import Commit, Listing, active_parts, commit
 from ullme_ray.embed.parts import (
     ChunkRows,
     Part,
@@ -207,6 +207,33 @@ def test_parts_of_some_files_are_added_without_touching_others(tmp_path: Path) -
     done = commit(str(tmp_path), {changed.key: changed}, SETTINGS.schema, job_name="docs", fingerprint="f1", whole=False)
     assert (done.version, done.removed) == (1, {a.key: a})
     assert active_parts(open_table(str(tmp_path))) == {changed.key: changed, b.key: b}
+
+
+def commit_listed(folder: Path, listing: Listing, *parts: Part, whole: bool = True, fingerprint: str = "f1") -> Commit:
+    wanted = {part.key: part for part in parts}
+    return commit(str(folder), wanted, SETTINGS.schema, job_name="docs", fingerprint=fingerprint, whole=whole, listing=listing)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_run_that_listed_the_corpus_earlier_gives_way_to_one_that_came_in_meanwhile(tmp_path: Path, whole: bool) -> None:
+    """The slow run still knows the old version of a file, and another one that is gone now."""
+    old, gone = make_part(tmp_path), make_part(tmp_path, path="/in/b.jsonl")
+    assert commit_listed(tmp_path, Listing(-1, 1.0), old, gone).is_new
+    slow, quick = Listing(0, 2.0), Listing(0, 3.0)
+    new = make_part(tmp_path, version="v2")
+    assert commit_listed(tmp_path, quick, new) == Commit(1, {old.key: old, gone.key: gone})
+    assert commit_listed(tmp_path, slow, old, gone, whole=whole) == Commit(1, {}, is_new=False, newer={new.key: new})
+    assert active_parts(open_table(str(tmp_path))) == {new.key: new}
+
+
+def test_a_run_gives_way_to_no_other(tmp_path: Path) -> None:
+    """Neither to one it began after, whatever the clocks say, nor to one that listed earlier, nor to another model's."""
+    old, new = make_part(tmp_path), make_part(tmp_path, version="v2")
+    commit_listed(tmp_path, Listing(-1, 9.0), old)
+    assert commit_listed(tmp_path, Listing(0, 2.0), new).version == 1
+    assert commit_listed(tmp_path, Listing(0, 3.0), old).version == 2
+    assert commit_listed(tmp_path, Listing(1, 2.5), new, fingerprint="f2").version == 3
+    assert commit_listed(tmp_path, Listing(3, 2.5), new) == Commit(3, {}, is_new=False)
 
 
 def test_the_rows_of_a_document_in_chunks_stand_together(tmp_path: Path) -> None:

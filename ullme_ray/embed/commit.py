@@ -1,4 +1,8 @@
-"""The commit: one Delta transaction that adds the new parts and removes those they replace. Readers see all or nothing."""
+"""The commit: one Delta transaction that adds the new parts and removes those they replace. Readers see all or nothing.
+
+A run that listed the corpus before another one did must not commit after it: it would take the newer rows out again. So the
+last commit of a run notes when it listed, and a run gives way to one of the same model that came in between and listed later.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable, Schema
@@ -46,15 +51,32 @@ def active_parts(table: DeltaTable | None) -> dict[PartKey, Part]:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """From what a run goes out."""
+
+    version: int  # of the table, before the corpus was listed; -1 where there was none
+    time_s: float  # when that was, since 1970
+
+
+@dataclass(frozen=True)
 class Commit:
     """The version that holds the wanted parts, and the parts that this commit took out of the table."""
 
     version: int
     removed: dict[PartKey, Part]
+    is_new: bool = True  # False: the table held all that already
+    newer: dict[PartKey, Part] | None = None  # what the table holds instead, by a run that listed the corpus later
 
 
 def commit(
-    path: str, wanted: Mapping[PartKey, Part], schema: pa.Schema, *, job_name: str, fingerprint: str, whole: bool = True
+    path: str,
+    wanted: Mapping[PartKey, Part],
+    schema: pa.Schema,
+    *,
+    job_name: str,
+    fingerprint: str,
+    whole: bool = True,
+    listing: Listing | None = None,
 ) -> Commit:
     """Makes the table at `path` hold the parts `wanted`; if it does already, nothing is written.
 
@@ -62,12 +84,14 @@ def commit(
 
     Args:
         whole: `wanted` is all that the table shall hold; else it is all parts of some files, and other files' parts stay.
+        listing: what `wanted` goes by; absent means the table and the corpus as they are now.
 
     Raises:
         EmbedError: the table belongs to another job, or could not be committed to.
     """
     delta_schema = Schema.from_arrow(schema)
-    note = CommitProperties(custom_metadata={"ullme_ray": {"job": job_name, "fingerprint": fingerprint}}, max_commit_retries=0)
+    made = {"job": job_name, "fingerprint": fingerprint} | ({"listed_s": listing.time_s} if listing and whole else {})
+    note = CommitProperties(custom_metadata={"ullme_ray": made}, max_commit_retries=0)
     failures = 0
     files = {key.file for key in wanted}
     for attempt in range(_MAX_ATTEMPTS):
@@ -86,11 +110,13 @@ def commit(
                 _checkpoint_after(path, len(wanted))
                 return Commit(0, {})
             active = active_parts(table)
+            if listing is not None and _listed_later(table, listing, fingerprint):
+                return Commit(table.version(), {}, is_new=False, newer=active)
             removed = {key: part for key, part in active.items() if key not in wanted and (whole or key.file in files)}
             if table.schema() == delta_schema:
                 added = [part for key, part in wanted.items() if key not in active]
                 if not added and not removed:
-                    return Commit(table.version(), {})
+                    return Commit(table.version(), {}, is_new=False)
                 changes: list[AddAction | RemoveAction] = [*map(_add, added), *map(_remove, removed.values())]
                 table.create_write_transaction(changes, "append", delta_schema, commit_properties=note)
             else:  # other columns make other parts, so nothing is kept and the schema can change with the files
@@ -112,6 +138,19 @@ def commit(
             time.sleep(2.0**failures)
         time.sleep(0.05 * (attempt + 1))
     raise EmbedError(f"the table {path} could not be committed to in {_MAX_ATTEMPTS} attempts, since other runs did; run again")
+
+
+def _listed_later(table: DeltaTable, listing: Listing, fingerprint: str) -> bool:
+    """Whether a run of the same model, whose listing of the corpus is newer, came in since this one began."""
+    since = table.version() - listing.version
+    notes = [commit_note(entry) for entry in table.history(since)] if since > 0 else []
+    return any(made.get("fingerprint") == fingerprint and made.get("listed_s", 0.0) > listing.time_s for made in notes)
+
+
+def commit_note(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What `commit` noted, from an entry of the table's history; empty for one that is not ours, such as a vacuum's."""
+    note = entry.get("ullme_ray") or "{}"
+    return dict(json.loads(note) if isinstance(note, str) else note)
 
 
 def _checkpoint_after(path: str, num_changes: int) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ullme_ray import storage
-from ullme_ray.embed.commit import active_parts
+from ullme_ray.embed.commit import active_parts, commit_note
 from ullme_ray.embed.parts import Part, PartSettings, count_dead_letters, dead_letters_path, reading_part
 from ullme_ray.embed.planning import list_input
 from ullme_ray.embed.reading import column_types, read_unit
@@ -113,10 +113,8 @@ def describe_table(job: JobSpec) -> TableOverview:
 
 
 def _version(entry: dict[str, Any]) -> TableVersion:
-    note = entry.get("ullme_ray") or "{}"
-    made = json.loads(note) if isinstance(note, str) else note
     time = datetime.fromtimestamp(entry["timestamp"] / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    return TableVersion(int(entry["version"]), time, made.get("fingerprint"))
+    return TableVersion(int(entry["version"]), time, commit_note(entry).get("fingerprint"))
 
 
 def verify_table(job: JobSpec, *, num_rows: int) -> Verification:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from ullme_ray import storage, telemetry
 from ullme_ray.embed.calibration import vector_ranges
-from ullme_ray.embed.commit import Commit, active_parts, can_grow, check_owner, commit
+from ullme_ray.embed.commit import Listing, active_parts, can_grow, check_owner, commit
 from ullme_ray.embed.duplicates import Duplicates, find_duplicate_ids
 from ullme_ray.embed.flow import run_units
 from ullme_ray.embed.index import build_index
@@ -29,7 +29,7 @@ from ullme_ray.embed.parts import (
 )
 from ullme_ray.embed.planning import list_input
 from ullme_ray.embed.reading import column_types
-from ullme_ray.embed.report import EmbedReport, save_report
+from ullme_ray.embed.report import GAVE_WAY, EmbedReport, save_report
 from ullme_ray.embed.run_plan import RunPlan, make_plan
 from ullme_ray.embed.steps import EmbedContext, Forward, Outcome
 from ullme_ray.embed.units import embed_section, num_files
@@ -92,7 +92,7 @@ def run_embed(job: JobSpec, *, progress: bool = True) -> EmbedReport:
     wanted = run.all_parts()
     _check_all_rows_accounted(run, wanted)
     run.commit(wanted, whole=True)
-    has_changed = bool(run.outcomes or run.removed)
+    has_changed = run.newer is None and bool(run.outcomes or run.has_written)
     remove_old_files(job)
     report = _report(run, wanted, find_duplicate_ids(context, wanted) if has_changed else Duplicates(None))
     save_report(job, report)
@@ -105,16 +105,17 @@ def open_run(job: JobSpec) -> tuple[EmbedContext, RunPlan]:
 
     embed = embed_section(job)
     check_column_names(embed.input)
-    files = list_input(job)
     folder = RunFolder.of(job).resolve(embed.output.path)
     table = find_table(folder)
     check_owner(table, job.name)
+    listing = Listing(table.version() if table is not None else -1, time.time())
+    files = list_input(job)
     types, vectors = column_types(files[0], embed.input), VectorFormat.of(embed.output)
     settings = PartSettings(embed.input, types, encoder_fingerprint(job), vectors)
     if vectors.is_scaled:
         settings = replace(settings, vectors=vector_ranges(EmbedContext(job, folder, settings), files))
     active = active_parts(table)
-    plan = make_plan(files, folder, settings, active, embed)
+    plan = make_plan(files, folder, settings, active, embed, listing)
     known = [part for key, part in active.items() if key.recipe == settings.recipe]
     index = build_index(folder, known) if plan.missing else None
     return EmbedContext(job, folder, settings, index), plan
@@ -131,13 +132,14 @@ class _Run:
     plan_seconds: float = 0.0
     commit_seconds: float = 0.0
     version: int = -1
-    removed: dict[PartKey, Part] = field(default_factory=dict)
+    has_written: bool = False  # a version of the table
+    newer: dict[PartKey, Part] | None = None  # what the table holds by a run that listed the corpus later
 
     def all_parts(self) -> dict[PartKey, Part]:
         return {**self.plan.done, **{outcome.part.key: outcome.part for outcome in self.outcomes}}
 
     def commit(self, wanted: dict[PartKey, Part], *, whole: bool) -> None:
-        """Makes the table hold the parts.
+        """Makes the table hold the parts, unless a run that listed the corpus later was faster.
 
         Raises:
             EmbedError: one of them is gone, or the table could not be committed to.
@@ -148,17 +150,19 @@ class _Run:
                 f"{len(gone)} parts of this run, such as {gone[0]}, were removed from {context.folder} before they came into "
                 f"the table, as a vacuum meanwhile does; let embed.output.retention_hours be longer than a run, then run again"
             )
-        done: Commit = commit(
+        done = commit(
             context.folder,
             wanted,
             context.settings.schema,
             job_name=context.job.name,
             fingerprint=context.settings.fingerprint,
             whole=whole,
+            listing=self.plan.listing,
         )
         self.commit_seconds += time.monotonic() - began
         self.version = done.version
-        self.removed |= done.removed
+        self.has_written |= done.is_new
+        self.newer = done.newer
         remove_dead_letters(context.folder, done.removed)
 
 
@@ -191,7 +195,8 @@ def _embed_missing(run: _Run, *, show: bool) -> None:
             if grows and every is not None and now - published > 60.0 * every:
                 if finished := plan.parts_of_whole_files(run.all_parts()):
                     run.commit(finished, whole=False)
-                    bar.note(f"published {len(finished):,} units as version {run.version}")
+                    grows = run.newer is None
+                    bar.note(f"published {len(finished):,} units as version {run.version}" if grows else GAVE_WAY)
                 published = time.monotonic()
 
 
@@ -259,6 +264,7 @@ def _report(run: _Run, wanted: dict[PartKey, Part], duplicates: Duplicates) -> E
     dead_before = sum(plan.dead.get(key, 0) for key in plan.done)
     price = embed_section(run.context.job).price_per_hour
     worked = embedded + copied
+    held = wanted if run.newer is None else run.newer
     return EmbedReport(
         files=num_files(plan.files),
         files_new=num_files(plan.new),
@@ -272,7 +278,7 @@ def _report(run: _Run, wanted: dict[PartKey, Part], duplicates: Duplicates) -> E
         rows_copied=copied,
         rows_reused=sum(key.num_rows for key in plan.done) - dead_before,
         rows_dead=dead_before + sum(outcome.num_dead for outcome in outcomes),
-        table_rows=sum(part.num_rows for part in wanted.values()),
+        table_rows=sum(part.num_rows for part in held.values()),
         truncated_rows=sum(outcome.num_truncated for outcome in outcomes),
         duplicate_ids=duplicates.num_ids,
         duplicate_examples=duplicates.examples,
@@ -286,9 +292,10 @@ def _report(run: _Run, wanted: dict[PartKey, Part], duplicates: Duplicates) -> E
         mfu=sum(f.flop for f in forwards) / peak_flop if peak_flop and tokens else None,
         retries=sum(outcome.retries for outcome in outcomes),
         bytes_written=sum(outcome.part.num_bytes for outcome in outcomes),
-        table_bytes=sum(part.num_bytes for part in wanted.values()),
+        table_bytes=sum(part.num_bytes for part in held.values()),
         cost_per_million_rows=price * seconds / 3600.0 / worked * 1e6 if price is not None and worked else None,
         table=run.context.folder,
         version=run.version,
+        gave_way=run.newer is not None,
         fingerprint=run.context.settings.fingerprint,
     )

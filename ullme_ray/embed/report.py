@@ -10,6 +10,8 @@ from ullme_ray.progress import duration
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
 
+GAVE_WAY = "a run that listed the corpus later was faster; the table stays as that one left it"
+
 
 @dataclass(frozen=True)
 class EmbedReport:
@@ -45,6 +47,7 @@ class EmbedReport:
     cost_per_million_rows: float | None  # of embedded and copied rows; None without embed.price_per_hour
     table: str
     version: int
+    gave_way: bool  # the table is as a run left it that listed the corpus later and was faster
     fingerprint: str
 
     def to_text(self) -> str:
@@ -65,6 +68,8 @@ class EmbedReport:
         if self.duplicate_ids:
             shown = ", ".join(self.duplicate_examples)
             lines.append(f"{self.duplicate_ids:,} ids stand for more than one row, such as {shown}; all rows are in the table")
+        if self.gave_way:
+            lines.append(GAVE_WAY)
         lines.append(f"table version {self.version}: {self.table_rows:,} rows, {size_text(self.table_bytes)}, in {self.table}")
         return "\n".join(lines)
 

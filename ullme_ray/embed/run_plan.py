@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from ullme_ray.embed.commit import Listing
 from ullme_ray.embed.flow import STAGE
 from ullme_ray.embed.parts import Part, PartKey, PartSettings, count_dead_letters, list_parts, open_part
 from ullme_ray.embed.planning import split_file
@@ -35,6 +36,7 @@ class RunPlan:
     missing: list[Unit]
     missing_keys: list[PartKey]
     dead: dict[PartKey, int]  # bad rows of units that are done
+    listing: Listing | None  # that it goes by
 
     @property
     def num_rows(self) -> int:
@@ -48,7 +50,12 @@ class RunPlan:
 
 
 def make_plan(
-    files: list[InputFile], folder: str, settings: PartSettings, active: Mapping[PartKey, Part], embed: EmbedSpec
+    files: list[InputFile],
+    folder: str,
+    settings: PartSettings,
+    active: Mapping[PartKey, Part],
+    embed: EmbedSpec,
+    listing: Listing | None = None,
 ) -> RunPlan:
     """Compares the corpus with the table's newest version.
 
@@ -93,6 +100,7 @@ def make_plan(
         missing=missing,
         missing_keys=missing_keys,
         dead=count_dead_letters(folder) if done else {},
+        listing=listing,
     )
 
 
