@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_budget import CUDA, Limited
 
 from ullme_ray.errors import ModelError, ServeError
 from ullme_ray.model import Encoder, open_encoder
@@ -23,6 +24,7 @@ from ullme_ray.model.backbone import load_backbone, load_causal_lm
 from ullme_ray.model.export import export_encoder
 from ullme_ray.model.tokenizing import load_tokenizer
 from ullme_ray.serve.embedder import Embedder
+from ullme_ray.serve.loaded import LoadedModel
 from ullme_ray.serve.models import published_version, served_models
 from ullme_ray.serve.schemas import DecodeCall, EmbedCall, EmbedReply, InputRefusedError, TokenizeCall
 from ullme_ray.spec import JobSpec, RunFolder, parse_job
@@ -124,6 +126,27 @@ def test_a_batch_holds_what_the_job_says_or_what_was_timed(
 ) -> None:
     (served,) = served_models(make_job(tmp_path, tiny_base, tokens_per_batch=wanted))
     assert run(Embedder(served).describe("tiny")).value.tokens_per_batch in found
+
+
+@pytest.mark.parametrize("form", ["unit", "pooled", "tokens"])
+def test_a_batch_with_its_padding_stays_in_the_budget_and_what_memory_refused_is_remembered(
+    tmp_path: Path, tiny_base: str, form: Any
+) -> None:
+    (served,) = served_models(make_job(tmp_path, tiny_base))
+    loaded = LoadedModel(served, device="cpu", tokens_per_batch=256, warm_up=False)
+    lane, ids = loaded.lane("tiny", 0, form), [[5] * 32, *[[6, 7, 8]] * 60]  # 212 tokens, and 1,952 as one padded batch
+    wanted = [lane.forward([row])[0] for row in ids]
+    limited = Limited(loaded.encoder.backbone, 100, *CUDA)
+    loaded.encoder.backbone = limited
+    for given, alone in zip(lane.forward(ids), wanted, strict=True):
+        np.testing.assert_allclose(given, alone, atol=1e-5)
+    assert 0 < max(limited.refused) <= 256
+    limited.refused.clear()
+    limited.passed.clear()
+    before = loaded.budget.positions
+    lane.forward(ids)
+    assert not limited.refused
+    assert loaded.budget.positions - before == sum(limited.passed)
 
 
 def test_the_end_of_a_text_is_kept_with_its_prompt(encoder: Encoder) -> None:

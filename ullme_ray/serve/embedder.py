@@ -74,7 +74,7 @@ class Embedder:
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._batcher = TokenBatcher(
             _forward,
-            tokens_per_batch=self._loaded.tokens_per_batch,
+            tokens_per_batch=self._loaded.budget.tokens,
             wait_s=settings.batch_wait_ms / 1000,
             padded=self._loaded.encoder.packing is None,
         )
@@ -105,7 +105,9 @@ class Embedder:
                 if version is None or version in (self._loaded.version, refused):
                     continue
                 refused = version  # unless it loads
-                self._loaded = self._load(self._loaded.tokens_per_batch)  # timing it now would disturb those who are served
+                new = self._load(self._loaded.budget.tokens)  # timing it now would disturb those who are served
+                new.budget.positions += self._loaded.budget.positions
+                self._loaded = new
                 logger.warning("%s: now serving %s", self._served.name, self._loaded.encoder.fingerprint[:12])
             except UllmeError as error:
                 logger.error("%s: the newly published model is not served, the old one stays: %s", self._served.name, error)
@@ -201,7 +203,7 @@ class Embedder:
                 fingerprint=loaded.fingerprints[model],
                 dim=encoder.dim,
                 max_tokens=settings.max_tokens,
-                tokens_per_batch=loaded.tokens_per_batch,
+                tokens_per_batch=loaded.budget.tokens,
                 vocab_size=int(encoder.backbone.get_input_embeddings().num_embeddings),
                 pooling=settings.pooling,
                 dtype=settings.dtype,
@@ -224,6 +226,7 @@ class Embedder:
             "batches": work.batches,
             "batch_rows": work.rows,
             "batch_tokens": work.tokens,
+            "padded_tokens": self._loaded.budget.positions,
             "inference_seconds": work.forward_s,
         }
         return Answer(value, self._id, load)

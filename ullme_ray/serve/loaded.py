@@ -17,7 +17,7 @@ import numpy as np
 
 from ullme_ray import storage
 from ullme_ray.errors import ModelError, ServeError
-from ullme_ray.model import Tokens, open_encoder
+from ullme_ray.model import TokenBudget, Tokens, open_encoder
 from ullme_ray.model.adapters import AdapterSwitch, inject_lora
 from ullme_ray.serve.models import Served, published_version
 
@@ -69,10 +69,12 @@ class LoadedModel:
             name: self.encoder.fingerprint if name == served.name else self._fingerprint(served.adapters[name])
             for name in served.names
         }
-        found = self.encoder.find_budget(limit_s=_TIMING_S).tokens if tokens_per_batch == "auto" else tokens_per_batch
-        self.tokens_per_batch = found
+        self.budget = (
+            self.encoder.find_budget(limit_s=_TIMING_S) if tokens_per_batch == "auto" else TokenBudget(tokens_per_batch)
+        )
         if warm_up:
             self._warm_up()
+        self.budget.positions = 0  # from here on of requests
 
     def _load_adapters(self, served: Served) -> None:
         # Named by number in the layers, where a served name might be no module's name.
@@ -109,16 +111,24 @@ class LoadedModel:
         return rows
 
     def _run(self, tokens: Tokens, form: Form) -> Any:
-        if form == "tokens":
-            return self.encoder.token_states(tokens)
-        if form == "pooled":
-            return self.encoder.pooled_states(tokens)
-        return self.encoder.embed_tokens(tokens, tokens_per_batch=self.tokens_per_batch)
+        if form == "unit":
+            return self.encoder.embed_tokens(tokens, tokens_per_batch=self.budget)
+        compute = self.encoder.token_states if form == "tokens" else self.encoder.pooled_states
+        answers: list[Any] = [None] * len(tokens.input_ids)
+
+        def forward(rows: list[int]) -> None:
+            part = Tokens([tokens.input_ids[row] for row in rows], tokens.prompt_length, [False] * len(rows))
+            for row, answer in zip(rows, compute(part), strict=True):
+                answers[row] = answer
+
+        # These two pad, also where the batcher, for the model's sake, put texts of any lengths together.
+        self.budget.work([len(ids) for ids in tokens.input_ids], forward, padded=True)
+        return answers
 
     def _warm_up(self) -> None:
         """First passes are slow (memory, kernels, threads), and a batch too large for the GPU must show now, not under load."""
         longest = self.encoder.settings.max_tokens
-        full = max(1, self.tokens_per_batch // longest) if self.encoder.device.type == "cuda" else 1
+        full = max(1, self.budget.tokens // longest) if self.encoder.device.type == "cuda" else 1
         for count, length in [*((1, min(length, longest)) for length in _WARM_LENGTHS), (full, longest)]:
             ids = [[1 % self.encoder.tokenizer.hf.vocab_size] * length] * count
             for adapter in (None, *self._adapters.values()):
