@@ -81,7 +81,10 @@ def run_job(job: JobSpec, stages: tuple[str, ...] | None = None, *, verbose: boo
 
 @contextlib.contextmanager
 def at_work(job: JobSpec, stages: Sequence[str], *, verbose: bool, recorded_in_ledger: bool = True) -> Iterator[None]:
-    """What every run of stages begins with: an entry in the ledger, the checks before long work, and Ray.
+    """What every run of stages begins with: an entry in the ledger, the checks before long work, the run's job.yaml, and Ray.
+
+    Args:
+        recorded_in_ledger: False for what only looks, such as a dry run, which leaves job.yaml as it is too.
 
     Raises:
         UllmeError: the first thing found that would make a stage fail.
@@ -93,6 +96,8 @@ def at_work(job: JobSpec, stages: Sequence[str], *, verbose: bool, recorded_in_l
             else:
                 print(f"note: {note}", file=sys.stderr, flush=True)
         prepare(job, stages)
+        if recorded_in_ledger:
+            storage.write_text(RunFolder.of(job).job_file, dump_job(job))
         with start_ray(job, stages, verbose=verbose):
             yield
 
@@ -100,13 +105,12 @@ def at_work(job: JobSpec, stages: Sequence[str], *, verbose: bool, recorded_in_l
 def prepare(job: JobSpec, stages: Sequence[str]) -> None:
     """All that can fail early, before anything takes long: storage, model, data, ports and keys of every stage at once.
 
-    Writes the run's job.yaml and the built-in data set, which the stages' own checks look at.
+    Writes the built-in data set, which the stages' own checks look at.
 
     Raises:
         UllmeError: the first thing found that would make a stage fail.
     """
-    run = RunFolder.of(job)
-    storage.check_writable(run.root)
+    storage.check_writable(RunFolder.of(job).root)
     from ullme_ray.model import check_base, encoder_folder
     from ullme_ray.sample_data import ensure_dataset
 
@@ -117,7 +121,6 @@ def prepare(job: JobSpec, stages: Sequence[str]) -> None:
     ensure_dataset(job)
     for stage in stages:
         importlib.import_module(f"ullme_ray.{stage}").preflight(job)
-    storage.write_text(run.job_file, dump_job(job))
 
 
 def serve_until_interrupted(server: Server) -> None:

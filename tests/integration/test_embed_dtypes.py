@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ullme_ray.embed import run_embed
+from ullme_ray.embed import dry_run, run_embed
 from ullme_ray.evaluate.search import search
 from ullme_ray.model import open_encoder
 from ullme_ray.spec import JobSpec
@@ -41,6 +41,9 @@ def test_int8_keeps_its_ranges_and_other_settings_embed_all_again(tmp_path: Path
     texts = {f"a-{n}": f"policy of bucket {n} " + "key " * (n % 7) for n in range(40)}
     write(tmp_path, "a.jsonl", texts)
     job = make_job(tmp_path, tiny_base, dtype="int8", dims=16)
+    planned = dry_run(job)
+    assert (planned.files_new, planned.rows_to_read, planned.rows_to_embed_estimate) == (1, 40, 40)
+    assert not (tmp_path / "runs").exists(), "a dry run measures no ranges"
     assert run_embed(job, progress=False).rows_embedded == 40
     form = format_of_table(open_table(f"{tmp_path}/runs/docs/embeddings"))
     assert (form.dtype, form.dims) == ("int8", 16)

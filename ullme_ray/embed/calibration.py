@@ -15,22 +15,19 @@ from ullme_ray.embed.steps import EmbedContext, sample_vectors
 from ullme_ray.embed.units import InputFile, Unit, embed_section
 from ullme_ray.errors import EmbedError
 from ullme_ray.ray_data import explained
-from ullme_ray.vectors import SAMPLE_ROWS, VectorFormat, find_ranges, keep_ranges
+from ullme_ray.vectors import SAMPLE_ROWS, VectorFormat, keep_ranges
 
 _FILES_SAMPLED = 16
 _UNITS_SAMPLED = 32
 
 
-def vector_ranges(context: EmbedContext, files: list[InputFile]) -> VectorFormat:
-    """The table's vector format with its ranges; measures and keeps them where there are none yet.
+def measure_ranges(context: EmbedContext, files: list[InputFile]) -> VectorFormat:
+    """The table's vector format with ranges, which this measures and keeps.
 
     Raises:
         EmbedError: no row of the sample can be embedded.
     """
     wanted, fingerprint = context.settings.vectors, context.settings.fingerprint
-    known = find_ranges(context.folder, fingerprint, wanted)
-    if known is not None:
-        return known
     choice = random.Random(context.job.seed)
     chosen = choice.sample(files, min(_FILES_SAMPLED, len(files)))
     embed = embed_section(context.job)

@@ -27,13 +27,14 @@ _TEXTS_SAMPLED = 512  # of a unit
 
 @dataclass(frozen=True)
 class DryRun:
-    """Counts are exact, but those named estimates."""
+    """Counts are exact, but those named estimates. Plain texts count with all of their group: see `listing.py`."""
 
     files: int
     files_new: int
     files_changed: int  # changed themselves, or to be embedded another way than before
     files_unchanged: int
-    files_removed: int
+    files_removed: int  # of plain texts, groups
+    grouped: bool  # the files are plain texts
     units: int
     units_to_read: int
     rows: int
@@ -49,6 +50,8 @@ class DryRun:
             f"{self.units:,} units of {self.rows:,} rows, of which {self.units_to_read:,} units of {self.rows_to_read:,} rows"
             f" are to be read",
         ]
+        if self.grouped:
+            lines.append("plain texts are read in groups: a text counts as new or changed with its whole group")
         if self.units_to_read:
             known = self.seconds_estimate is not None
             time = f"{duration(self.seconds_estimate or 0.0)} at the rate of the last run" if known else "time unknown"
@@ -65,12 +68,12 @@ class _Sample:
 
 
 def dry_run(job: JobSpec) -> DryRun:
-    """Plans a run and samples it; the table stays as it is. Ray must be initialised.
+    """Plans a run and samples it; the table's folder stays as it is. Ray must be initialised.
 
     Raises:
         EmbedError: as `run_embed` would.
     """
-    context, plan = open_run(job)
+    context, plan = open_run(job, measure=False)
     chosen = random.Random(job.seed).sample(plan.missing, min(_UNITS_SAMPLED, len(plan.missing)))
     sample = ray.remote(_sample).options(num_cpus=1)
     try:
@@ -89,6 +92,7 @@ def dry_run(job: JobSpec) -> DryRun:
         files_changed=num_files(plan.changed),
         files_unchanged=num_files(plan.files) - num_files(plan.new) - num_files(plan.changed),
         files_removed=plan.num_removed,
+        grouped=any(file.members for file in plan.files),
         units=len(plan.done) + len(plan.missing),
         units_to_read=len(plan.missing),
         rows=plan.num_rows,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ullme_ray import storage, telemetry
-from ullme_ray.embed.calibration import vector_ranges
+from ullme_ray.embed.calibration import measure_ranges
 from ullme_ray.embed.commit import Listing, active_parts, can_grow, check_owner, commit
 from ullme_ray.embed.duplicates import Duplicates, find_duplicate_ids
 from ullme_ray.embed.flow import run_units
@@ -29,7 +29,7 @@ from ullme_ray.embed.parts import (
 )
 from ullme_ray.embed.planning import list_input
 from ullme_ray.embed.reading import column_types
-from ullme_ray.embed.report import GAVE_WAY, EmbedReport, save_report
+from ullme_ray.embed.report import GAVE_WAY, EmbedReport, last_rate, save_report
 from ullme_ray.embed.run_plan import RunPlan, make_plan
 from ullme_ray.embed.steps import EmbedContext, Forward, Outcome
 from ullme_ray.embed.units import embed_section, num_files
@@ -40,11 +40,12 @@ from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
 from ullme_ray.store_probes import keeps_exclusive_puts
 from ullme_ray.table import find_table
-from ullme_ray.vectors import VectorFormat
+from ullme_ray.vectors import VectorFormat, find_ranges
 
 logger = logging.getLogger(__name__)
 
-_ACTIVE_ACTOR_S = 60.0  # an actor that finished a unit within this time counts as at work
+_ACTIVE_ACTOR_S = 60.0  # an actor that finished a unit within this time counts as at work,
+_ACTIVE_UNITS = 3.0  # or within so many times as long as that unit took
 _RECENT_UNITS = 100  # that the bar tells the padding of
 
 
@@ -99,8 +100,13 @@ def run_embed(job: JobSpec, *, progress: bool = True) -> EmbedReport:
     return report
 
 
-def open_run(job: JobSpec) -> tuple[EmbedContext, RunPlan]:
-    """What every step of the run needs to know, and what there is to do. Ray must be initialised."""
+def open_run(job: JobSpec, *, measure: bool = True) -> tuple[EmbedContext, RunPlan]:
+    """What every step of the run needs to know, and what there is to do. Ray must be initialised.
+
+    Args:
+        measure: the ranges of int8 and uint8 vectors, and keep them, where the table has none yet. Without them it has no part
+            of the wanted kind.
+    """
     from ullme_ray.model import encoder_fingerprint
 
     embed = embed_section(job)
@@ -113,11 +119,14 @@ def open_run(job: JobSpec) -> tuple[EmbedContext, RunPlan]:
     types, vectors = column_types(files[0], embed.input), VectorFormat.of(embed.output)
     settings = PartSettings(embed.input, types, encoder_fingerprint(job), vectors)
     if vectors.is_scaled:
-        settings = replace(settings, vectors=vector_ranges(EmbedContext(job, folder, settings), files))
+        known = find_ranges(folder, settings.fingerprint, vectors)
+        if known is None and measure:
+            known = measure_ranges(EmbedContext(job, folder, settings), files)
+        settings = replace(settings, vectors=known or vectors)
     active = active_parts(table)
     plan = make_plan(files, folder, settings, active, embed, listing)
-    known = [part for key, part in active.items() if key.recipe == settings.recipe]
-    index = build_index(folder, known) if plan.missing else None
+    reusable = [part for key, part in active.items() if key.recipe == settings.recipe]
+    index = build_index(folder, reusable) if plan.missing else None
     return EmbedContext(job, folder, settings, index), plan
 
 
@@ -173,7 +182,8 @@ def _embed_missing(run: _Run, *, show: bool) -> None:
     every = embed_section(run.context.job).publish_every_minutes
     grows = every is not None and plan.same_recipe and can_grow(run.context.folder, run.context.settings.schema)
     rows_before = sum(key.num_rows for key in plan.done)
-    rows, tokens, seen, told = rows_before, 0, {}, set()
+    rows, tokens, told = rows_before, 0, set()
+    last_seen: dict[str, tuple[float, float]] = {}
     with Progress("embed", plan.num_rows) if show else _Silent() as bar:
         if plan.done:
             bar.note(f"{len(plan.done):,} units are done already, {len(plan.missing):,} are left")
@@ -184,20 +194,24 @@ def _embed_missing(run: _Run, *, show: bool) -> None:
             run.outcomes.append(outcome)
             rows += outcome.part.key.num_rows
             tokens += outcome.forward.num_tokens
-            seen[outcome.forward.actor] = now
-            actors = sum(now - at < _ACTIVE_ACTOR_S for at in seen.values())
+            last_seen[outcome.forward.actor] = now, outcome.forward.seconds
             if (reason := outcome.forward.not_compiled) is not None and reason not in told:
                 told.add(reason)
                 bar.note(f"embed.compile is left out in an actor: {reason}")
             padding = f"{_padding_share([done.forward for done in run.outcomes[-_RECENT_UNITS:]]):.1%}"
             _tell_of_unit(run, outcome)
-            bar.update(rows, tokens_per_s=tokens / (now - started), padding=padding, actors=actors)
+            bar.update(rows, tokens_per_s=tokens / (now - started), padding=padding, actors=_num_at_work(last_seen, now))
             if grows and every is not None and now - published > 60.0 * every:
                 if finished := plan.parts_of_whole_files(run.all_parts()):
                     run.commit(finished, whole=False)
                     grows = run.newer is None
                     bar.note(f"published {len(finished):,} units as version {run.version}" if grows else GAVE_WAY)
                 published = time.monotonic()
+
+
+def _num_at_work(last_seen: Mapping[str, tuple[float, float]], now: float) -> int:
+    """How many actors are at work, by when each finished its last unit and how long it took, both in seconds."""
+    return sum(now - at < max(_ACTIVE_ACTOR_S, _ACTIVE_UNITS * took) for at, took in last_seen.values())
 
 
 def _tell_of_unit(run: _Run, outcome: Outcome) -> None:
@@ -217,6 +231,13 @@ def _tell_of_unit(run: _Run, outcome: Outcome) -> None:
 def _padding_share(forwards: Sequence[Forward]) -> float:
     positions = sum(forward.num_positions for forward in forwards)
     return 1.0 - sum(forward.num_tokens for forward in forwards) / positions if positions else 0.0
+
+
+def _model_rate(forwards: Sequence[Forward], most_actors: int) -> float | None:
+    """Tokens/s of all actors while they embedded; one that took a dead one's place does not count beside it."""
+    seconds = sum(forward.seconds for forward in forwards if forward.num_tokens)
+    actors = min(most_actors, len({forward.actor for forward in forwards if forward.num_tokens}))
+    return actors * sum(forward.num_tokens for forward in forwards) / seconds if seconds else None
 
 
 class _Silent:
@@ -288,6 +309,7 @@ def _report(run: _Run, wanted: dict[PartKey, Part], duplicates: Duplicates) -> E
         plan_seconds=run.plan_seconds,
         commit_seconds=run.commit_seconds,
         tokens_per_s=tokens / seconds,
+        model_tokens_per_s=_model_rate(forwards, embed_section(run.context.job).actors.max) or last_rate(run.context.job),
         rows_per_s=worked / seconds,
         mfu=sum(f.flop for f in forwards) / peak_flop if peak_flop and tokens else None,
         retries=sum(outcome.retries for outcome in outcomes),

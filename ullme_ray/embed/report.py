@@ -18,9 +18,9 @@ class EmbedReport:
     """`rows` = `rows_embedded` + `rows_copied` + `rows_reused` + `rows_dead`. Work and rates are of this run alone."""
 
     files: int
-    files_new: int
+    files_new: int  # a plain text counts as new or changed with the whole group that it is read in
     files_changed: int  # changed themselves, or embedded another way than before
-    files_removed: int
+    files_removed: int  # of plain texts, groups
     units_total: int
     units_embedded: int  # read in this run
     units_reused: int  # whose part was there already
@@ -39,6 +39,7 @@ class EmbedReport:
     plan_seconds: float  # of these: listing the corpus, counting rows, comparing with the table
     commit_seconds: float
     tokens_per_s: float
+    model_tokens_per_s: float | None  # of all actors while they embedded; of an earlier run where this one embedded nothing
     rows_per_s: float  # embedded or copied
     mfu: float | None  # of the actors while they embedded; None where they had nothing to do
     retries: int  # units begun again after a process died
@@ -92,7 +93,7 @@ def save_report(job: JobSpec, report: EmbedReport) -> None:
 
 
 def last_rate(job: JobSpec) -> float | None:
-    """Tokens/s of the job's last run that embedded something; None where there was none."""
+    """Tokens/s of the actors in the job's last run that embedded something; None where there was none."""
     path = report_path(job)
-    rate = json.loads(storage.read_text(path))["tokens_per_s"] if storage.exists(path) else 0.0
-    return rate or None
+    told = json.loads(storage.read_text(path)) if storage.exists(path) else {}
+    return told.get("model_tokens_per_s") or told.get("tokens_per_s") or None

@@ -30,7 +30,7 @@ class RunPlan:
     files: list[InputFile]
     new: list[InputFile]
     changed: list[InputFile]  # or to be embedded another way than before
-    num_removed: int  # files of the table that the corpus has no more
+    num_removed: int  # files of the table, or groups of plain texts, that the corpus has no more
     same_recipe: bool  # as all vectors of the table, so that new ones may stand beside them
     done: dict[PartKey, Part]
     missing: list[Unit]
