@@ -14,9 +14,11 @@ import contextlib
 import glob
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ _CALL_ATTEMPTS = 4  # s3fs's own, also of answers that break off; each of _REQUE
 _UPLOAD_ATTEMPTS = 2
 _UPLOAD_FLOOR_S = 120.0  # an upload's deadline: this, for retries after an outage, and its bytes at the slowest rate
 _SLOWEST_UPLOAD_BYTES_PER_S = 2**20
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # files that a process is writing, or that a killed one was
+_UNFINISHED_S = 24 * 3600.0  # a younger one may still be written
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ def _new_local_file(path: str) -> Iterator[IO[bytes]]:
     """
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"  # not mkstemp: its files are closed to all other users
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"  # as _UNFINISHED; mkstemp's are closed to all other users
     try:
         with open(temporary, "xb") as stream:
             yield stream
@@ -202,6 +206,17 @@ def _new_local_file(path: str) -> Iterator[IO[bytes]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def remove_unfinished(folder: str) -> None:
+    """Removes what killed processes left of the files that they were writing below a local folder."""
+    if is_remote(folder):
+        return  # a put shows nothing until it is complete
+    with explained("clear", folder):
+        for path in _walk(folder):
+            with contextlib.suppress(FileNotFoundError):
+                if _UNFINISHED.fullmatch(os.path.basename(path)) and os.stat(path).st_mtime < time.time() - _UNFINISHED_S:
+                    os.unlink(path)
 
 
 def put_folder(local: str | Path, path: str, *, last: str | None = None) -> None:
@@ -319,15 +334,16 @@ def fetch_folder(path: str) -> str:
         return str(target)
     partial = tempfile.mkdtemp(dir=target.parent, prefix=".partial-")
     prefix = path.rstrip("/") + "/"
-    with explained("fetch", path):
-        for file in files:
-            local = Path(partial) / file.path.removeprefix(prefix)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            filesystem(path).get_file(file.path, str(local))
     try:
-        os.rename(partial, target)
-    except OSError:  # another process was faster; its copy is the same
-        shutil.rmtree(partial)
+        with explained("fetch", path):
+            for file in files:
+                local = Path(partial) / file.path.removeprefix(prefix)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                filesystem(path).get_file(file.path, str(local))
+        with contextlib.suppress(OSError):  # another process was faster; its copy is the same
+            os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return str(target)
 
 

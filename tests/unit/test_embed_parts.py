@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from ullme_ray.embed.parts import (
     build_part,
     check_column_names,
     count_dead_letters,
+    dead_letters_path,
     list_parts,
     open_part,
     parse_part_name,
@@ -30,8 +33,9 @@ from ullme_ray.embed.parts import (
 )
 from ullme_ray.embed.reading import DEAD_LETTER_SCHEMA
 from ullme_ray.embed.units import InputFile, Unit
+from ullme_ray.embed.vacuum import remove_old_files
 from ullme_ray.errors import EmbedError, StorageError
-from ullme_ray.spec.job import ChunksSpec, EmbedInputSpec
+from ullme_ray.spec.job import ChunksSpec, EmbedInputSpec, JobSpec
 from ullme_ray.table import find_table, open_table
 from ullme_ray.vectors import VectorFormat
 
@@ -254,6 +258,31 @@ def test_dead_letters_are_counted_by_name_and_go_with_their_part_alone(tmp_path:
     assert count_dead_letters(str(tmp_path)) == {keys[1]: 1, keys[2]: 2}
     remove_dead_letters(str(tmp_path), [keys[1]])
     assert count_dead_letters(str(tmp_path)) == {keys[2]: 2}
+
+
+def test_a_vacuum_removes_old_dead_letters_without_a_part_and_files_left_half_written(tmp_path: Path) -> None:
+    job = JobSpec.model_validate(
+        {"name": "docs", "storage": str(tmp_path), "model": {"base": "x"}, "embed": {"input": {"path": "in", "id": "doc"}}}
+    )
+    folder = tmp_path / "docs" / "embeddings"
+    part = make_part(folder)
+    commit_parts(folder, part)
+    dead = pa.Table.from_pylist([{"file": "a", "row": 1, "id": None, "reason": "r", "raw": ""}], DEAD_LETTER_SCHEMA)
+    old, young = (SETTINGS.key_of(Unit(FILE, start, start + 5, 0)) for start in (5, 10))
+    for key in (part.key, old, young):
+        write_dead_letters(str(folder), key, dead)
+    half, written, theirs = (
+        folder / name for name in (f".{part.name}.{'0' * 32}.tmp", f".{part.name}.{'1' * 32}.tmp", ".x.tmp")
+    )
+    for path in (half, written, theirs):
+        path.write_bytes(b"PAR1")
+    long_ago = time.time() - 3600.0 * 24 * 30
+    for path in (half, theirs, folder / dead_letters_path(old, 1), folder / dead_letters_path(part.key, 1)):
+        os.utime(path, (long_ago, long_ago))
+    assert remove_old_files(job) == [dead_letters_path(old, 1)]
+    assert count_dead_letters(str(folder)).keys() == {part.key, young}
+    assert [path.exists() for path in (half, written, theirs)] == [False, True, True]
+    assert remove_old_files(job) == []
 
 
 def test_other_texts_ways_change_the_recipe_and_other_columns_do_not() -> None:

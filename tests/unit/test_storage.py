@@ -154,3 +154,25 @@ def test_folder_counts_as_complete_only_with_all_its_files(tmp_path: Path, monke
         "tokenizer.json",
     ]
     assert (target / "modules.json").read_text() == "new"
+
+
+def test_a_fetch_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        """Its second file breaks off."""
+
+        def find(self, pattern: str, *, detail: bool) -> dict[str, dict[str, object]]:
+            return {name: {"name": f"b/m/{name}", "size": 1, "ETag": name, "type": "file"} for name in ("one", "two")}
+
+        def get_file(self, path: str, local: str) -> None:
+            Path(local).write_bytes(b"x")
+            if path.endswith("two"):
+                raise TimeoutError("the store went silent")
+
+    monkeypatch.setattr(storage, "filesystem", lambda path: Store())
+    monkeypatch.setattr(storage, "cache_folder", lambda: tmp_path)
+    with pytest.raises(StorageError, match="cannot fetch s3://b/m"):
+        storage.fetch_folder("s3://b/m")
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(Store, "get_file", lambda self, path, local: Path(local).write_bytes(b"x"))
+    assert sorted(os.listdir(storage.fetch_folder("s3://b/m"))) == ["one", "two"]
+    assert len(os.listdir(tmp_path)) == 1

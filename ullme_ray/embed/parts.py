@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.metadata import version as installed_version
@@ -268,18 +268,33 @@ def dead_letters_path(key: PartKey, count: int) -> str:
 
 def count_dead_letters(folder: str) -> dict[PartKey, int]:
     """How many bad rows each unit had; one that is not there had none. Costs one listing."""
-    counts = {}
-    for info in storage.list_files(storage.join(folder, DEAD_LETTERS)):
-        if match := _DEAD.fullmatch(info.path.rpartition("/")[2]):
-            counts[PartKey(match[1], int(match[2]), int(match[3]), match[4], match[5])] = int(match[6])
-    return counts
+    return {key: count for _, key, count in _list_dead_letters(folder)}
 
 
 def remove_dead_letters(folder: str, keys: Iterable[PartKey]) -> None:
     """Removes the dead letters of units that a commit took out of the table; those of other runs at work stay."""
-    gone = {f"dead-{key}" for key in keys}
+    gone = set(keys)
     if not gone:
         return
-    for info in storage.list_files(storage.join(folder, DEAD_LETTERS)):
-        if info.path.rpartition("/")[2].rpartition("-")[0] in gone:
+    for info, key, _ in _list_dead_letters(folder):
+        if key in gone:
             storage.remove(info.path)
+
+
+def remove_old_dead_letters(folder: str, active: Container[PartKey], before_s: float) -> list[str]:
+    """Removes the dead letters of units without a part in the table, as broken runs leave them, and gives their names.
+
+    Args:
+        before_s: since 1970; later ones may be of a run at work.
+    """
+    old = [info.path for info, key, _ in _list_dead_letters(folder) if key not in active and info.modified_s < before_s]
+    for path in old:
+        storage.remove(path)
+    return [path.removeprefix(folder.rstrip("/") + "/") for path in old]
+
+
+def _list_dead_letters(folder: str) -> Iterator[tuple[storage.FileInfo, PartKey, int]]:
+    """Files, the units that they are of, and how many rows they hold."""
+    for info in storage.list_files(storage.join(folder, DEAD_LETTERS)):
+        if match := _DEAD.fullmatch(info.path.rpartition("/")[2]):
+            yield info, PartKey(match[1], int(match[2]), int(match[3]), match[4], match[5]), int(match[6])
