@@ -11,6 +11,7 @@ import asyncio
 import numpy as np
 
 from ullme_ray.serve.schemas import (
+    ApiError,
     DecodeCall,
     EmbedCall,
     EmbedReply,
@@ -37,7 +38,10 @@ MODEL = ServedModel(
 
 
 class FakeBackend:
-    """Serves `NAME`; `open` holds answers back, `error` fails them, `cancelled` counts calls that were dropped."""
+    """Serves `NAME`; `open` holds answers back, `error` fails them, `cancelled` counts calls that were dropped.
+
+    Models in `asleep` are described once `open` lets them, those in `dead` never.
+    """
 
     def __init__(self, *names: str) -> None:
         self.names = list(names or (NAME,))
@@ -46,23 +50,25 @@ class FakeBackend:
         self.open.set()
         self.error: Exception | None = None
         self.cancelled = 0
+        self.asleep: set[str] = set()
+        self.dead: set[str] = set()
         self.fingerprint = MODEL.fingerprint
 
     def models(self) -> list[str]:
         return self.names
 
-    async def describe(self, model: str) -> ServedModel:
+    async def describe(self, model: str, *, wake: bool = True) -> ServedModel:
         if self.error:
             raise self.error
+        if model in self.dead or (model in self.asleep and not wake):
+            raise ApiError(503, "no replica")
+        if model in self.asleep:
+            await self._until_open()
         return ServedModel(**{**vars(MODEL), "name": model, "fingerprint": self.fingerprint})
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         self.calls.append(call)
-        try:
-            await self.open.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
+        await self._until_open()
         if self.error:
             raise self.error
         inputs = [[ord(c) % 300 for c in t] for t in call.texts] if call.texts is not None else call.token_ids or []
@@ -85,6 +91,13 @@ class FakeBackend:
             fingerprint=self.fingerprint,
         )
 
+    async def _until_open(self) -> None:
+        try:
+            await self.open.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
     def _vector(self, ids: list[int], call: EmbedCall) -> np.ndarray:
         vector = np.array([len(ids), call.prompt == "query", sum(ids) / 100, -1 / 3], "f4")[: call.dimensions]
         return vector / np.linalg.norm(vector) if call.normalize else vector
@@ -92,6 +105,9 @@ class FakeBackend:
     async def tokenize(self, call: TokenizeCall) -> TokenizeReply:
         ends = [Token(0, "<s>", True, None, None)] if call.add_special_tokens else []
         prompt = MODEL.prompts[call.prompt]
+        num_tokens = sum(len(ends) + len(prompt + text) for text in call.texts)
+        if call.max_request_tokens is not None and num_tokens > call.max_request_tokens:
+            raise InputRefusedError("too_many_tokens", 0, num_tokens, call.max_request_tokens)
         return TokenizeReply(
             [[*ends, *(Token(ord(c) % 300, c, False, i, i + 1) for i, c in enumerate(prompt + t))] for t in call.texts]
         )

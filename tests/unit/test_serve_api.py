@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
 import os
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ import pytest
 from fake_backend import MAX_TOKENS, NAME, OTHER, FakeBackend
 from prometheus_client.parser import text_string_to_metric_families
 
+from ullme_ray.serve import tei_api
 from ullme_ray.serve.access import access_log
 from ullme_ray.serve.app import create_api
 from ullme_ray.serve.keys import KeyRing, RateLimit
@@ -122,18 +124,17 @@ def test_tei_routes_refuse_in_teis_form(case: str) -> None:
     run(test())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [("int8", np.int8), ("uint8", np.uint8), ("binary", np.int8), ("ubinary", np.uint8)]
-)
-def test_number_types_agree_in_both_apis_and_encodings(dtype: str, kind: type) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "binary", "ubinary"])
+def test_number_types_agree_in_both_apis_and_are_not_taken_for_float32(dtype: str) -> None:
     async def test() -> None:
         async with client(FakeBackend()) as http:
             exact = np.array((await http.post("/embed", json={"inputs": ["AB", "z"]})).json(), "f4")
             body = {"input": ["AB", "z"], "model": NAME, "output_dtype": dtype}
             plain = (await http.post("/v1/embeddings", json=body)).json()["data"]
             numbers = np.array([row["embedding"] for row in plain])
-            packed = (await http.post("/v1/embeddings", json={**body, "encoding_format": "base64"})).json()["data"]
-            assert [np.frombuffer(base64.b64decode(row["embedding"]), kind).tolist() for row in packed] == numbers.tolist()
+            packed = await http.post("/v1/embeddings", json={**body, "encoding_format": "base64"})  # as openai's client does
+            assert (packed.status_code, packed.json()["error"]["param"]) == (400, "encoding_format")
+            assert 'encoding_format "float"' in packed.json()["error"]["message"]
             assert (await http.post("/embed", json={"inputs": ["AB", "z"], "output_dtype": dtype})).json() == numbers.tolist()
             levels = numbers + (128 if dtype in ("int8", "binary") else 0)
             if dtype.endswith("binary"):
@@ -178,7 +179,11 @@ def test_tokens_of_a_request_are_limited() -> None:
             assert answer.status_code == 400
             assert answer.json()["error"]["code"] == "too_many_tokens"
             assert_tei_error(await http.post("/embed", json={"inputs": ["abcdef"] * 2}), 413, "Validation")
+            assert_tei_error(await http.post("/tokenize", json={"inputs": ["abcdef"] * 2}), 413, "Validation")
+            assert_tei_error(await http.post("/decode", json={"ids": [[65] * 6] * 2}), 413, "Validation")
             assert (await http.post("/embed", json={"inputs": "abcdef"})).status_code == 200
+            assert (await http.post("/tokenize", json={"inputs": "abcdef"})).status_code == 200
+            assert (await http.post("/decode", json={"ids": [65] * 6})).status_code == 200
 
     run(test())
 
@@ -226,6 +231,86 @@ def test_the_deadline_is_the_servers_or_less() -> None:
             assert (await http.get("/load")).json()["load"]["requests"] == 0
 
     run(test())
+
+
+def test_a_model_that_must_wake_up_is_waited_for_until_the_deadline() -> None:
+    async def test() -> None:
+        backend = FakeBackend(NAME, OTHER)
+        backend.asleep.add(OTHER)
+        backend.open.clear()
+        soon = {"x-timeout-ms": "300"}
+        async with client(backend) as http:
+            late = await http.post("/v1/embeddings", json={"input": "x", "model": OTHER}, headers=soon)
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+            for path, body in (
+                ("/embed", {"inputs": "x", "model": OTHER}),
+                ("/similarity", {"inputs": {"source_sentence": "x", "sentences": ["y"]}, "parameters": {"model": OTHER}}),
+                ("/tokenize", {"inputs": "x", "model": OTHER}),
+                ("/decode", {"ids": [65], "model": OTHER}),
+            ):
+                assert_tei_error(await http.post(path, json=body, headers=soon), 504, "Unhealthy")
+            assert backend.cancelled == 5
+            assert (await http.get("/load")).json()["load"]["requests"] == 0
+            backend.open.set()
+            assert (await http.post("/embed", json={"inputs": "x", "model": OTHER})).status_code == 200
+
+    run(test())
+
+
+def test_pages_wake_no_model_and_outlive_a_dead_one() -> None:
+    async def test() -> None:
+        backend = FakeBackend(NAME, OTHER, "dead")
+        backend.asleep.add(OTHER)
+        backend.dead.add("dead")
+        backend.open.clear()
+        async with client(backend) as http:
+            load = (await http.get("/load")).json()
+            assert [model["name"] for model in load["models"]] == [NAME]
+            assert list(load["load"]["models"]) == [NAME, OTHER, "dead"]
+            schema = (await http.get("/openapi.json")).json()["paths"]["/v1/embeddings"]["post"]["requestBody"]
+            properties = schema["content"]["application/json"]["schema"]["properties"]
+            assert properties["model"]["enum"] == [NAME, OTHER, "dead"]
+            backend.dead.add(NAME)
+            assert (await http.get("/load")).json()["models"] == []
+            assert (await http.get("/openapi.json")).status_code == 200
+            assert (await http.get("/")).status_code == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/embed", {"inputs": ["x"] * 2000}),
+        ("/similarity", {"inputs": {"source_sentence": "x", "sentences": ["y"] * 2000}}),
+        ("/tokenize", {"inputs": ["x"] * 2000}),
+        ("/decode", {"ids": [[65]] * 2000}),
+    ],
+)
+def test_large_bodies_are_checked_and_written_off_the_event_loop(
+    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ullme_ray.serve.limits.LARGE_BYTES", 1000)
+    at_work: dict[str, set[bool]] = {"check_inputs": set(), "split_input": set(), "dumps": set()}
+
+    def watched(name: str, work: Any) -> Any:
+        def watch(*args: Any, **options: Any) -> Any:
+            at_work[name].add(threading.current_thread() is threading.main_thread())
+            return work(*args, **options)
+
+        return watch
+
+    for name in ("check_inputs", "split_input"):
+        monkeypatch.setattr(tei_api, name, watched(name, getattr(tei_api, name)))
+    monkeypatch.setattr(tei_api, "json", SimpleNamespace(dumps=watched("dumps", json.dumps)))
+
+    async def test() -> None:
+        async with client(FakeBackend()) as http:
+            assert (await http.post(path, json=body)).status_code == 200
+
+    run(test())
+    assert at_work["check_inputs"] == {False}
+    assert set().union(*at_work.values()) == {False}
 
 
 def test_the_work_of_a_client_that_hung_up_is_dropped() -> None:

@@ -53,7 +53,7 @@ class FakeBackend:
         rows = [[size, call.prompt == "query", 0.1, 1 / 3] for size in sizes]
         return EmbedReply(np.array(rows, dtype=np.float32)[:, : call.dimensions], sizes, num_truncated=1)
 
-    async def describe(self, model: str) -> ServedModel:
+    async def describe(self, model: str, *, wake: bool = True) -> ServedModel:
         if self.error:
             raise self.error
         return MODEL

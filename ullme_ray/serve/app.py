@@ -65,7 +65,7 @@ def create_api(name: str, settings: ServeSpec, backend: Backend) -> FastAPI:
 
     @api.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Any:
-        return openapi_page(api, [await service.model(model) for model in service.names], settings)
+        return openapi_page(api, service.names, await service.described(), settings)
 
     return api
 

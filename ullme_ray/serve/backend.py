@@ -64,10 +64,12 @@ class ReplicaBackend:
     def models(self) -> list[str]:
         return list(self._targets)
 
-    async def describe(self, model: str) -> ServedModel:
+    async def describe(self, model: str, *, wake: bool = True) -> ServedModel:
         """From what is known, and renewed behind the answer; asked of a replica where nothing is known."""
         if model not in self._known:
             target = self._target(model)
+            if target.may_sleep and not wake:
+                raise unavailable("nothing is known of the model, and it may sleep")
             timeout_s = REQUEST_TIMEOUT_S if target.may_sleep else DESCRIBE_TIMEOUT_S
             await self._ask_description(model, timeout_s)
         asked, described = self._known[model]

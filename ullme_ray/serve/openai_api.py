@@ -17,11 +17,23 @@ from ullme_ray.serve.quantising import OutputDtype, as_base64, as_json, quantise
 from ullme_ray.serve.schemas import EmbedCall, EmbedReply, ServedModel
 from ullme_ray.serve.service import Service
 
+_NO_FLOATS = ("int8", "uint8", "binary", "ubinary")  # not as base64: openai's client asks for it unasked, and reads float32
+
 
 class EmbeddingRequest(BaseModel):
     """Body of `POST /v1/embeddings`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        hide_input_in_errors=True,
+        json_schema_extra={
+            "not": {
+                "required": ["encoding_format", "output_dtype"],
+                "properties": {"encoding_format": {"const": "base64"}, "output_dtype": {"enum": list(_NO_FLOATS)}},
+            }
+        },
+    )
 
     input: Annotated[Any, Field(json_schema_extra=INPUT_SCHEMA)] = Field(
         description="A text, a list of texts, the token ids of one text, or a list of them. Token ids get no prompt."
@@ -30,7 +42,7 @@ class EmbeddingRequest(BaseModel):
         description="Name of the served model, as listed by /v1/models."
     )
     encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="Vectors as lists of numbers (default), or as base64 of their little-endian bytes."
+        None, description="Vectors as lists of numbers (default), or as base64 of little-endian float32."
     )
     dimensions: Annotated[PositiveInt, Field(json_schema_extra={"x-limit": "dimensions"})] | None = Field(
         None, description="Cut vectors to this many dimensions and scale to length 1."
@@ -54,6 +66,9 @@ def to_call(request: EmbeddingRequest, model: ServedModel, *, max_inputs: int, m
         ApiError: 400 for input or dimensions that this model cannot take.
     """
     check_dimensions(request.dimensions, model, OPENAI)
+    if request.encoding_format == "base64" and request.output_dtype in _NO_FLOATS:
+        message = f'base64 holds float32, and {request.output_dtype} is asked for; ask for encoding_format "float" with it'
+        raise bad("encoding_format", message, OPENAI)
     texts, token_ids = split_input(request.input, "input", OPENAI)
     check_inputs(texts, token_ids, model, "input", OPENAI, max_inputs=max_inputs)
     prompt = request.input_type or "passage"
@@ -96,7 +111,7 @@ def router(service: Service) -> APIRouter:
                 return parse_body(raw, EmbeddingRequest, OPENAI)
 
             body = await off_loop(check, size=len(raw))
-            model = await service.model(body.model)
+            model = await service.model(request, body.model)
             make: Callable[[], EmbedCall] = lambda: to_call(  # noqa: E731 - it may run in a thread
                 body, model, max_inputs=service.settings.max_inputs, max_tokens=service.settings.max_request_tokens
             )

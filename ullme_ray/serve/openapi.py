@@ -68,17 +68,19 @@ def json_response(schema: dict[str, Any], dialect: Dialect, *, media_type: str =
     return {"responses": answers, "response_model": None}
 
 
-def openapi_page(api: FastAPI, models: Sequence[ServedModel], settings: ServeSpec) -> dict[str, Any]:
-    """The page, true for every one of the models: of their limits the lowest."""
+def openapi_page(api: FastAPI, names: Sequence[str], models: Sequence[ServedModel], settings: ServeSpec) -> dict[str, Any]:
+    """The page, true for every one of the models that are known: of their limits the lowest.
+
+    Args:
+        names: all that are served.
+        models: those of which something is known.
+    """
     page = get_openapi(title=api.title, version=api.version, routes=api.routes, description=api.description)
-    prompts = set.intersection(*(set(model.prompts) for model in models))
-    limits: dict[str, dict[str, Any]] = {
-        "token_id": {"maximum": min(model.vocab_size for model in models) - 1},
-        "dimensions": {"maximum": min(model.dim for model in models)},
-        "inputs": {"maxItems": settings.max_inputs},
-        "model": {"enum": [model.name for model in models]},
-        "prompt": {"enum": sorted(prompts)},
-    }
+    limits: dict[str, dict[str, Any]] = {"inputs": {"maxItems": settings.max_inputs}, "model": {"enum": list(names)}}
+    if models:
+        limits["token_id"] = {"maximum": min(model.vocab_size for model in models) - 1}
+        limits["dimensions"] = {"maximum": min(model.dim for model in models)}
+        limits["prompt"] = {"enum": sorted(set.intersection(*(set(model.prompts) for model in models)))}
     if settings.api_keys is not None:
         page.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         page["security"] = [{"key": []}]

@@ -35,8 +35,8 @@ def router(service: Service, metrics: Metrics) -> APIRouter:
 
     @routes.get("/load", **json_response(_LOAD_SCHEMA, TEI))
     async def numbers() -> Any:
-        """The served models and how busy they are."""
-        models = [asdict(await service.model(name)) for name in service.names]
+        """The served models as far as they can be asked without waking one, and how busy all are."""
+        models = [asdict(model) for model in await service.described()]
         inside = {"requests": service.admission.num_requests, "max_requests": service.settings.max_queued_requests}
         return {"models": models, "load": {**inside, "models": await load()}}
 

@@ -48,7 +48,7 @@ class InputRefusedError(Exception):
 
     def __str__(self) -> str:
         if self.reason == "too_many_tokens":
-            return f"the texts have {self.num_tokens} tokens together; send at most {self.limit} in one request"
+            return f"the texts have at least {self.num_tokens} tokens together; send at most {self.limit} in one request"
         given = f"text {self.position} has {self.num_tokens} tokens, and the model takes {self.limit}"
         return f"{given}; shorten it or allow truncation"
 
@@ -107,6 +107,7 @@ class TokenizeCall:
     texts: list[str]
     prompt: str = "passage"
     add_special_tokens: bool = True
+    max_request_tokens: int | None = None  # over all texts; beyond it InputRefusedError
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,17 @@ class Backend(Protocol):
         """The served names, the default one first."""
         ...
 
-    async def describe(self, model: str) -> ServedModel: ...
+    async def describe(self, model: str, *, wake: bool = True) -> ServedModel:
+        """Without `wake` ApiError (503) where only a sleeping replica could tell."""
+        ...
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
         """Cancelling it drops the work. Raises InputRefusedError as the call asks for it."""
         ...
 
-    async def tokenize(self, call: TokenizeCall) -> TokenizeReply: ...
+    async def tokenize(self, call: TokenizeCall) -> TokenizeReply:
+        """Raises InputRefusedError as the call asks for it."""
+        ...
 
     async def decode(self, call: DecodeCall) -> list[str]: ...
 

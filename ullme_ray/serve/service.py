@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -50,20 +51,35 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
-    async def model(self, name: str | None) -> ServedModel:
-        """What a replica said of the model; asked once, and again after it was replaced.
+    async def model(self, request: Request, name: str | None) -> ServedModel:
+        """What a replica said of the model; asked once, and again after it was replaced. A sleeping one is woken.
 
         Raises:
-            ApiError: as `known_name`, or 503 where no replica answers.
+            ApiError: as `known_name`, 503 where no replica answers, or 504 at the request's deadline.
+            ClientGoneError: the client hung up.
         """
         name = self.known_name(name)
         if name not in self._known:
-            self._known[name] = await self.backend.describe(name)
+            await self._describe(request, name)
         return self._known[name]
 
-    async def check_health(self) -> None:
+    async def described(self) -> list[ServedModel]:
+        """What the backend knows of the models, for pages: those that sleep or do not answer are left out."""
+        found: dict[str, ServedModel] = {}
+
+        async def ask(name: str) -> None:
+            with contextlib.suppress(ApiError):
+                found[name] = await self.backend.describe(name, wake=False)
+
+        await asyncio.gather(*map(ask, self.names))
+        return [found[name] for name in self.names if name in found]
+
+    async def check_health(self, request: Request) -> None:
         """Raises ApiError (503) unless a replica of the default model has loaded it and computed its probe's vectors."""
-        self._known[self.names[0]] = await self.backend.describe(self.names[0])
+        await self._describe(request, self.names[0])
+
+    async def _describe(self, request: Request, name: str) -> None:
+        self._known[name] = await self.before_deadline(request, lambda _: self.backend.describe(name))
 
     async def embed(self, request: Request, call: EmbedCall, param: str, dialect: Dialect) -> EmbedReply:
         """The backend's answer, unless the client hangs up or the deadline passes; then the work is dropped.
@@ -78,7 +94,7 @@ class Service:
         try:
             reply = await self.before_deadline(request, lambda left: self.backend.embed(replace(call, deadline_s=left)))
         except InputRefusedError as error:
-            raise bad(param, str(error), dialect, code=error.reason, status=dialect.too_much) from None
+            raise refused(error, param, dialect) from None
         record.num_tokens, record.num_truncated, record.seconds = sum(reply.num_tokens), reply.num_truncated, reply.seconds
         known = self._known.get(call.model)
         if known and reply.fingerprint not in ("", known.fingerprint):
@@ -99,3 +115,7 @@ class Service:
 
     def headers(self, reply: EmbedReply) -> dict[str, str]:
         return {"x-truncated-inputs": str(reply.num_truncated), "x-model-fingerprint": reply.fingerprint[:16]}
+
+
+def refused(error: InputRefusedError, param: str, dialect: Dialect) -> ApiError:
+    return bad(param, str(error), dialect, code=error.reason, status=dialect.too_much)

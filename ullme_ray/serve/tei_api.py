@@ -27,10 +27,11 @@ from ullme_ray.serve.openapi import (
 )
 from ullme_ray.serve.parsing import bad, check_dimensions, check_inputs, parse_body, split_input
 from ullme_ray.serve.quantising import OutputDtype, as_json, quantised
-from ullme_ray.serve.schemas import DecodeCall, EmbedCall, ServedModel, TokenizeCall
-from ullme_ray.serve.service import Service
+from ullme_ray.serve.schemas import DecodeCall, EmbedCall, InputRefusedError, ServedModel, TokenizeCall
+from ullme_ray.serve.service import Service, refused
 
 MAX_STATE_NUMBERS = 2**22  # of one /embed_all answer: tokens x width; some 45 MB of JSON
+_TOKEN_BYTES = 80  # of one token in the JSON of a /tokenize answer, about
 
 ModelName = Annotated[str | None, WithJsonSchema({"anyOf": [{"type": "string", "x-limit": "model"}, {"type": "null"}]})]
 PromptName = Annotated[str | None, WithJsonSchema({"anyOf": [{"type": "string", "x-limit": "prompt"}, {"type": "null"}]})]
@@ -111,20 +112,24 @@ class DecodeRequest(_Form):
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
-    async def call_of(raw: bytes, form: type[EmbedAllRequest]) -> tuple[Any, ServedModel, EmbedCall]:
+    max_inputs, max_tokens = service.settings.max_inputs, service.settings.max_request_tokens
+
+    async def call_of(request: Request, raw: bytes, form: type[EmbedAllRequest]) -> tuple[Any, ServedModel, EmbedCall]:
         body = await off_loop(lambda: parse_body(raw, form, TEI), size=len(raw))
-        model = await service.model(body.model)
-        texts, token_ids = split_input(body.inputs, "inputs", TEI)
-        await off_loop(
-            lambda: check_inputs(texts, token_ids, model, "inputs", TEI, max_inputs=service.settings.max_inputs), size=len(raw)
-        )
-        return body, model, _call(body, model, texts, token_ids, service.settings.max_request_tokens)
+        model = await service.model(request, body.model)
+
+        def make() -> EmbedCall:
+            texts, token_ids = split_input(body.inputs, "inputs", TEI)
+            check_inputs(texts, token_ids, model, "inputs", TEI, max_inputs=max_inputs)
+            return _call(body, model, texts, token_ids, max_tokens)
+
+        return body, model, await off_loop(make, size=len(raw))
 
     @routes.post("/", include_in_schema=False)
     @routes.post("/embed", **json_body(EmbedRequest), **json_response(_VECTORS_SCHEMA, TEI))
     async def embed(request: Request) -> Response:
         async with service.admitted(request) as raw:
-            body, model, call = await call_of(raw, EmbedRequest)
+            body, model, call = await call_of(request, raw, EmbedRequest)
             check_dimensions(body.dimensions, model, TEI)
             normalize = body.normalize is not False
             if not normalize and body.output_dtype in ("int8", "uint8"):
@@ -141,8 +146,8 @@ def router(service: Service) -> APIRouter:
     @routes.post("/embed_all", **json_body(EmbedAllRequest), **json_response(_STATES_SCHEMA, TEI))
     async def embed_all(request: Request) -> Response:
         async with service.admitted(request) as raw:
-            _, model, call = await call_of(raw, EmbedAllRequest)
-            most = min(service.settings.max_request_tokens, MAX_STATE_NUMBERS // model.dim)
+            _, model, call = await call_of(request, raw, EmbedAllRequest)
+            most = min(max_tokens, MAX_STATE_NUMBERS // model.dim)
             reply = await service.embed(
                 request, replace(call, pool=False, normalize=False, max_request_tokens=most), "inputs", TEI
             )
@@ -156,14 +161,16 @@ def router(service: Service) -> APIRouter:
         async with service.admitted(request) as raw:
             body = await off_loop(lambda: parse_body(raw, SimilarityRequest, TEI), size=len(raw))
             form = body.parameters or _TextForm()
-            model = await service.model(form.model)
-            texts = [body.inputs.source_sentence, *body.inputs.sentences]
-            most = service.settings.max_inputs + 1
-            if not body.inputs.sentences:
-                raise bad("inputs.sentences", "the list is empty; give at least one text", TEI, code="empty", status=400)
-            check_inputs(texts, None, model, "inputs", TEI, max_inputs=most)
-            call = _call(form, model, texts, None, service.settings.max_request_tokens)
-            reply = await service.embed(request, call, "inputs", TEI)
+            model = await service.model(request, form.model)
+
+            def make() -> EmbedCall:
+                texts = [body.inputs.source_sentence, *body.inputs.sentences]
+                if not body.inputs.sentences:
+                    raise bad("inputs.sentences", "the list is empty; give at least one text", TEI, code="empty", status=400)
+                check_inputs(texts, None, model, "inputs", TEI, max_inputs=max_inputs + 1)
+                return _call(form, model, texts, None, max_tokens)
+
+            reply = await service.embed(request, await off_loop(make, size=len(raw)), "inputs", TEI)
             vectors = np.asarray(reply.vectors)
             (answer,) = as_json((vectors[1:] @ vectors[0])[None])
         return Response(answer, media_type="application/json", headers=service.headers(reply))
@@ -172,15 +179,24 @@ def router(service: Service) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         async with service.admitted(request) as raw:
             body = await off_loop(lambda: parse_body(raw, TokenizeRequest, TEI), size=len(raw))
-            model = await service.model(body.model)
-            texts, _ = split_input(body.inputs, "inputs", TEI)
-            if texts is None:
-                raise bad("inputs", "give a string, or a list of strings", TEI)
-            check_inputs(texts, None, model, "inputs", TEI, max_inputs=service.settings.max_inputs)
-            call = TokenizeCall(model.name, texts, _prompt(body.prompt_name, model), body.add_special_tokens is not False)
-            reply = await service.before_deadline(request, lambda _: service.backend.tokenize(call))
+            model = await service.model(request, body.model)
+
+            def make() -> TokenizeCall:
+                texts, _ = split_input(body.inputs, "inputs", TEI)
+                if texts is None:
+                    raise bad("inputs", "give a string, or a list of strings", TEI)
+                check_inputs(texts, None, model, "inputs", TEI, max_inputs=max_inputs)
+                prompt, with_special = _prompt(body.prompt_name, model), body.add_special_tokens is not False
+                return TokenizeCall(model.name, texts, prompt, with_special, max_request_tokens=max_tokens)
+
+            call = await off_loop(make, size=len(raw))
+            try:
+                reply = await service.before_deadline(request, lambda _: service.backend.tokenize(call))
+            except InputRefusedError as error:
+                raise refused(error, "inputs", TEI) from None
             answer = await off_loop(
-                lambda: json.dumps([[asdict(token) for token in tokens] for tokens in reply.tokens]).encode(), size=len(raw)
+                lambda: json.dumps([[asdict(token) for token in tokens] for tokens in reply.tokens]).encode(),
+                size=_TOKEN_BYTES * sum(map(len, reply.tokens)),
             )
         return Response(answer, media_type="application/json")
 
@@ -188,19 +204,26 @@ def router(service: Service) -> APIRouter:
     async def decode(request: Request) -> Response:
         async with service.admitted(request) as raw:
             body = await off_loop(lambda: parse_body(raw, DecodeRequest, TEI), size=len(raw))
-            model = await service.model(body.model)
-            _, token_ids = split_input(body.ids, "ids", TEI)
-            if token_ids is None:
-                raise bad("ids", "give a list of token ids, or a list of lists of them", TEI)
-            check_inputs(None, token_ids, model, "ids", TEI, max_inputs=service.settings.max_inputs)
-            call = DecodeCall(model.name, token_ids, body.skip_special_tokens is not False)
+            model = await service.model(request, body.model)
+
+            def make() -> DecodeCall:
+                _, token_ids = split_input(body.ids, "ids", TEI)
+                if token_ids is None:
+                    raise bad("ids", "give a list of token ids, or a list of lists of them", TEI)
+                check_inputs(None, token_ids, model, "ids", TEI, max_inputs=max_inputs)
+                if (num_tokens := sum(map(len, token_ids))) > max_tokens:
+                    raise refused(InputRefusedError("too_many_tokens", 0, num_tokens, max_tokens), "ids", TEI)
+                return DecodeCall(model.name, token_ids, body.skip_special_tokens is not False)
+
+            call = await off_loop(make, size=len(raw))
             texts = await service.before_deadline(request, lambda _: service.backend.decode(call))
-        return Response(json.dumps(texts), media_type="application/json")
+            answer = await off_loop(lambda: json.dumps(texts).encode(), size=sum(map(len, texts)))
+        return Response(answer, media_type="application/json")
 
     @routes.get("/info", **json_response(_INFO_SCHEMA, TEI))
-    async def info() -> Any:
+    async def info(request: Request) -> Any:
         """TEI's fields, and beside them what the replica says of the default model."""
-        model = await service.model(None)
+        model = await service.model(request, None)
         settings = service.settings
         return {
             "model_id": model.name,
@@ -222,9 +245,9 @@ def router(service: Service) -> APIRouter:
         }
 
     @routes.get("/health", **json_response({"type": "object"}, TEI))
-    async def health() -> Any:
+    async def health(request: Request) -> Any:
         """200 once a replica has loaded the model and computed the export's own vectors; 503 before."""
-        await service.check_health()
+        await service.check_health(request)
         return {"status": "ok"}
 
     return routes
