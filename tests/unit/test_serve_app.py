@@ -415,6 +415,17 @@ def test_an_update_replaces_only_processes_that_are_told_something_new() -> None
     assert plain["replica"] != other["replica"]
 
 
+def test_processes_that_end_wait_for_the_longest_request() -> None:
+    job = parse_job(b"name: tiny\nmodel: {base: ./x}\nserve: {request_timeout_s: 1234}")
+    waits = []
+    for address in (("127.0.0.1", 8000), None):
+        front = build_app(job, address)._bound_deployment
+        (replica,) = [arg._bound_deployment for arg in front.init_args if isinstance(arg, Application)]
+        waits += [front._deployment_config.graceful_shutdown_timeout_s, replica._deployment_config.graceful_shutdown_timeout_s]
+    assert len(waits) == 4
+    assert min(waits) > 1234
+
+
 def test_an_update_takes_up_a_newly_published_model_unless_replicas_do_so_themselves(tmp_path: Path) -> None:
     tree = {"name": "tiny", "storage": str(tmp_path), "model": {"base": "./x"}, "train": {"data": [{"path": "x.jsonl"}]}}
     export = tmp_path / "tiny" / "model"

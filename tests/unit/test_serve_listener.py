@@ -85,6 +85,9 @@ def test_the_second_listener_takes_over_and_running_requests_are_finished() -> N
             await ending
             with pytest.raises(RuntimeError, match="has ended"):
                 await first.check_health()
+            assert (second._server.config.timeout_graceful_shutdown, second._drain_s) == (300, 300), (
+                "as long as a request may take"
+            )
         await end(second)
 
     asyncio.run(asyncio.wait_for(test(), 60))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ from ullme_ray.serve import access
 from ullme_ray.serve.app import create_api
 from ullme_ray.serve.backend import ReplicaBackend, Target
 from ullme_ray.serve.embedder import SWITCH_INTERVAL_S
+from ullme_ray.serve.limits import longest_request_s
 from ullme_ray.serve.port import Port
 from ullme_ray.spec.job import ServeSpec
 
@@ -36,7 +38,6 @@ logger = logging.getLogger("ray.serve")
 
 _KEEP_ALIVE_S = 75.0  # longer than clients keep an idle connection, so that none is cut as it sends its next request
 _LAST_REQUESTS_S = 1.0  # for open connections to ask once more and be told that this was the last time
-_DRAIN_S = 20.0  # for running requests when the listener is told to end
 
 
 class Ingress:
@@ -68,9 +69,10 @@ class Listener:
             access_log=False,
             server_header=False,
             timeout_keep_alive=int(_KEEP_ALIVE_S),
-            timeout_graceful_shutdown=int(_DRAIN_S),
+            timeout_graceful_shutdown=math.ceil(longest_request_s(settings)),
             lifespan="on",
         )
+        self._drain_s = longest_request_s(settings)
         self._server = _Server(config)
         self._port = Port(*address)
         self._task = asyncio.create_task(self._listen())
@@ -91,7 +93,7 @@ class Listener:
         if not self._server.started:
             self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([self._task], timeout=_DRAIN_S)
+            await asyncio.wait([self._task], timeout=self._drain_s)
 
 
 class _Server(uvicorn.Server):

@@ -29,8 +29,9 @@ from ullme_ray.serve.embedder import Embedder
 from ullme_ray.serve.front import MESSAGES
 from ullme_ray.serve.ingress import Ingress, Listener
 from ullme_ray.serve.keys import KeyRing
+from ullme_ray.serve.limits import longest_request_s
 from ullme_ray.serve.models import Served, published_version, served_models
-from ullme_ray.serve.warden import Guard, clear_leftover
+from ullme_ray.serve.warden import Guard, clear_leftover, end_by_force
 from ullme_ray.spec.job import JobSpec, ReplicasSpec, ServeSpec
 
 APP_NAME = "ullme_ray"
@@ -39,7 +40,7 @@ STOP_TIMEOUT_S = 30.0
 STARTS_TRIED = 2  # of a replica whose model fails to load
 REQUESTS_PER_REPLICA = 16  # in flight on average, above which a replica is added
 UPSCALE_DELAY_S = 5.0
-DRAIN_S = 60.0  # for the requests of a replica that is told to end
+END_S = 10.0  # for a process to end once its last request is answered; then Serve kills it
 LISTENERS = 2  # one answers, one is ready to take over
 INGRESS_CPUS = 0.1
 _ONE_MORE = 1  # percent, which Serve rounds up to one replica more than wanted, while it replaces them
@@ -71,7 +72,7 @@ class Server:
             _wait_until_healthy(self.url)
 
     def stop(self) -> None:
-        """Lets running requests finish, ends all processes of the server and frees the port."""
+        """Lets running requests finish if they do so soon, ends all processes of the server and frees the port."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
         self._guard.release()
         with _quiet():
@@ -80,7 +81,8 @@ class Server:
                 ray.get(controller.graceful_shutdown.remote(wait=False))
             while _controller() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            serve.shutdown()  # forgets the handles of this process, and ends by force what is left
+            end_by_force()
+            serve.shutdown()  # forgets the handles of this process
         while not _is_free(*self._address) and time.monotonic() < deadline:
             time.sleep(0.1)
 
@@ -163,8 +165,8 @@ def build_app(job: JobSpec, address: tuple[str, int] | None = None) -> Applicati
     common: dict[str, Any] = {
         "max_ongoing_requests": 100_000,  # our own limit answers in JSON; Serve's would not
         "max_constructor_retry_count": STARTS_TRIED,
-        "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 1.0,
+        **_drain(settings),
     }
     if address is None:
         ingress = serve.deployment(serve.ingress()(Ingress)).options(  # type: ignore[attr-defined]
@@ -175,7 +177,6 @@ def build_app(job: JobSpec, address: tuple[str, int] | None = None) -> Applicati
         num_replicas=LISTENERS,
         # No CPU of Ray's: a head that has none to give, or gave its last to a replica, would never get its listeners.
         ray_actor_options={"num_cpus": 0, "resources": _HEAD_NODE, "runtime_env": _SHORT_WAYS},
-        graceful_shutdown_timeout_s=DRAIN_S,  # then it is killed, and its connections are cut
         max_surge_percent=_ONE_MORE,
         **common,
     )
@@ -213,13 +214,20 @@ def _embedder(model: Served, position: int, settings: ServeSpec) -> Application:
         max_ongoing_requests=settings.max_queued_requests,  # all at once: the batcher chooses from what it sees
         max_constructor_retry_count=STARTS_TRIED,
         health_check_period_s=1.0,  # how soon a dead replica is replaced
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=DRAIN_S,
         max_surge_percent=_ONE_MORE if _has_room(settings) else 0,
+        **_drain(settings),
         **_replicas(model.pool),
     )
     files = None if settings.reload_s else published_version(model)  # with reload_s replicas take up new files by themselves
     return _bound(deployment, _without_pools(model), files=files)
+
+
+def _drain(settings: ServeSpec) -> dict[str, float]:
+    """A process that is told to end answers what it has, however long that takes, and ends at once where it has nothing."""
+    return {
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": longest_request_s(settings) + END_S,
+    }
 
 
 def _has_room(settings: ServeSpec) -> bool:

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ullme_ray.serve.answers import json_error
 from ullme_ray.serve.schemas import ApiError
+from ullme_ray.spec.job import ServeSpec
 
 BODY_TIMEOUT_S = 60.0  # a client that sends no more must not hold its place among the requests for ever
 BODIES_HELD = 32  # largest bodies in memory at once; 429 beyond it
@@ -125,6 +126,11 @@ def overloaded() -> ApiError:
         code="rate_limit_exceeded",
         headers={"retry-after": str(RETRY_AFTER_S)},
     )
+
+
+def longest_request_s(settings: ServeSpec) -> float:
+    """How long a request may be running, which is how long a process that is told to end waits for those it has."""
+    return max(settings.request_timeout_s, BODY_TIMEOUT_S)
 
 
 def timeout_of(request: Request, longest_s: float) -> float:

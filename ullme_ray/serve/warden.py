@@ -19,6 +19,7 @@ _WARDEN = "server_warden"
 _LOOK_EVERY_S = 1.0
 _GONE_AFTER = 2  # looks in a row that do not find the owner
 _CLEAR_S = 60.0
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"  # goes first: it would start the others again
 
 
 class _Owner:
@@ -37,6 +38,7 @@ class _Warden:
                 missing = 0 if _find(_OWNER) is not None else missing + 1
             time.sleep(_LOOK_EVERY_S)
         serve.shutdown()
+        end_by_force()
         ray.actor.exit_actor()  # a detached actor would keep its name, and the next server could not have one
 
 
@@ -56,11 +58,19 @@ class Guard:
                 ray.kill(actor)
 
 
+def end_by_force() -> None:
+    """Ends what is left of Serve after a stop: a process that still has requests waits for them, as long as they may take."""
+    for actor in sorted(ray.util.list_named_actors(all_namespaces=True), key=lambda actor: actor["name"] != _CONTROLLER):
+        if actor["namespace"] == "serve" and (found := _find(actor["name"], "serve")) is not None:
+            with contextlib.suppress(Exception):
+                ray.kill(found)
+
+
 def clear_leftover() -> bool:
     """Waits until the server of a driver that died is gone; False where a living driver, or somebody else, runs Serve."""
     deadline = time.monotonic() + _CLEAR_S
     while time.monotonic() < deadline:
-        if _find("SERVE_CONTROLLER_ACTOR", "serve") is None:
+        if _find(_CONTROLLER, "serve") is None:
             if _find(_OWNER) is None:
                 _end_warden()
             return True
