@@ -192,6 +192,75 @@ def test_tokens_and_their_texts(replica: Embedder, encoder: Encoder) -> None:
     run(test())
 
 
+def test_tokens_are_limited_before_they_are_written_out(replica: Embedder) -> None:
+    async def test() -> None:
+        refused = (await replica.tokenize(TokenizeCall("tiny", ["a key"] * 200, max_request_tokens=99))).value
+        assert isinstance(refused, InputRefusedError)
+        assert (refused.reason, refused.limit) == ("too_many_tokens", 99)
+        assert refused.num_tokens < 200 * 2, "it stops at the slice that is too much"
+
+    run(test())
+
+
+def test_a_large_text_keeps_no_other_request_waiting(tmp_path: Path, tiny_base: str, encoder: Encoder) -> None:
+    (served,) = served_models(make_job(tmp_path, tiny_base, tokens_per_batch=256))
+    replica = Embedder(served)
+    large, texts = "bucket policy " * 10_000, [f"key {number} " * 40 for number in range(100)]
+
+    async def test() -> None:
+        for asked in (replica.tokenize(TokenizeCall("tiny", [large])), replica.embed(EmbedCall("tiny", [large]))):
+            slow = asyncio.create_task(asked)
+            await asyncio.sleep(0.05)
+            await embed(replica, EmbedCall("tiny", TEXTS))
+            assert not slow.done()
+            await slow
+        replies = (await replica.tokenize(TokenizeCall("tiny", texts))).value
+        assert [[token.id for token in tokens] for tokens in replies.tokens] == encoder.tokenizer.hf(texts)["input_ids"]
+
+    run(test())
+
+
+class Failing(torch.nn.Module):
+    """A backbone of which each pass fails that `fails` on its ids."""
+
+    def __init__(self, backbone: Any, fails: Any) -> None:
+        super().__init__()
+        self.backbone, self.config, self.fails = backbone, backbone.config, fails
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **inputs: Any) -> Any:
+        if self.fails(input_ids):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return self.backbone(input_ids=input_ids, position_ids=position_ids, **inputs)
+
+
+def test_a_replica_whose_device_is_broken_is_unhealthy_and_one_with_a_bad_request_is_not(
+    tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (served,) = served_models(make_job(tmp_path, tiny_base, tokens_per_batch=256))
+    replica = Embedder(served)
+    encoder = replica._loaded.encoder
+    good, bad = encoder.backbone, EmbedCall("tiny", None, [[7] * 5])
+
+    async def failed() -> None:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            await embed(replica, bad)
+
+    async def test() -> None:
+        await replica.check_health()
+        monkeypatch.setattr(encoder, "backbone", Failing(good, lambda ids: bool((ids == 7).any())))
+        await failed()
+        await replica.check_health()
+        monkeypatch.setattr(encoder, "backbone", Failing(good, lambda ids: True))
+        await failed()
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="CUDA error"):
+                await replica.check_health()
+        monkeypatch.setattr(encoder, "backbone", good)
+        await replica.check_health()
+
+    run(test())
+
+
 def test_adapters_share_a_backbone_and_get_their_own_vectors(tmp_path: Path, tiny_base: str, encoder: Encoder) -> None:
     for seed, name in enumerate(("legal", "code")):
         save_adapter(tiny_base, tmp_path / name, seed, of_head=name == "legal")

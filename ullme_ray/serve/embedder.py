@@ -1,4 +1,4 @@
-"""The model replica: one process with the weights. Tokenizes in one thread, runs the forward in another.
+"""The model replica: one process with the weights. Tokenizes in one thread, large texts in another; the forward has a third.
 
 A module without torch at its top: the ingress imports it to name the class, and must stay small.
 """
@@ -11,11 +11,14 @@ import os
 import sys
 import threading
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from ullme_ray.errors import UllmeError
 from ullme_ray.serve.batching import TokenBatcher
@@ -36,8 +39,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-TEXTS_PER_SLICE = 64  # tokenized in one go; between slices other requests get the thread
+# Tokenized in one go; between slices other requests get the thread. Of characters, or of token ids that come instead.
+TEXTS_PER_SLICE = 64
+CHARACTERS_PER_SLICE = 2**15
 SWITCH_INTERVAL_S = 0.0005  # Python's 5 ms would keep the event loop waiting behind the forward's Python
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Answer:
     """What goes back to the ingress with every reply: the value, and how the replica fares."""
 
     value: Any  # a reply, or the InputRefusedError that answers bad input
-    replica: str
+    replica: str  # its id, which is Serve's own
     load: dict[str, float]
 
 
@@ -69,11 +77,13 @@ class Embedder:
             torch.cuda.set_per_process_memory_fraction(settings.gpus_per_replica)  # or one replica could starve the others
         self._served = served
         self._settings = settings
-        self._id = uuid.uuid4().hex
+        self._id = _replica_id()
         self._loaded = self._load(settings.tokens_per_batch)
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._large_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
+        self._is_in_doubt = False  # whether a forward failed since one was seen to work
         self._batcher = TokenBatcher(
-            _forward,
+            self._forward,
             tokens_per_batch=self._loaded.budget.tokens,
             wait_s=settings.batch_wait_ms / 1000,
             padded=self._loaded.encoder.packing is None,
@@ -148,46 +158,81 @@ class Embedder:
         Raises:
             InputRefusedError: a text is too long, and may not be cut.
         """
-        loop, tokenizer = asyncio.get_running_loop(), loaded.encoder.tokenizer
         keep: Any = "start" if call.truncation_direction == "right" else "end"
-        inputs: list[Any] = call.token_ids if call.token_ids is not None else call.texts or []
 
-        def tokenize(start: int) -> Any:
-            part = inputs[start : start + TEXTS_PER_SLICE]
+        def tokenize(tokenizer: Any, start: int, part: Any) -> Any:
             if call.token_ids is not None:
                 tokens = tokenizer.wrap_ids(part, keep=keep)
             else:
-                tokens = tokenizer.tokenize(part, call.prompt, keep=keep)  # type: ignore[arg-type]
+                tokens = tokenizer.tokenize(part, call.prompt, keep=keep)
             if not call.truncate and any(tokens.truncated):
                 at = tokens.truncated.index(True)
-                size = len(part[at]) if call.token_ids is not None else tokenizer.count(part[at], call.prompt)  # type: ignore[arg-type]
+                size = len(part[at]) if call.token_ids is not None else tokenizer.count(part[at], call.prompt)
                 raise InputRefusedError("too_long", start + at, size, tokenizer.max_tokens)
             return tokens
 
-        return [
-            await loop.run_in_executor(self._tokenizer_thread, tokenize, start)
-            for start in range(0, len(inputs), TEXTS_PER_SLICE)
-        ]
+        inputs: Sequence[Any] = call.token_ids if call.token_ids is not None else call.texts or []
+        return await self._by_slice(loaded, inputs, tokenize)
+
+    async def _by_slice(
+        self, loaded: LoadedModel, inputs: Sequence[Any], work: Callable[[Any, int, Any], Result]
+    ) -> list[Result]:
+        """`work(tokenizer, start, part)` for one part of the inputs after the other; `start` numbers its first one."""
+        loop, results = asyncio.get_running_loop(), []
+        for start, stop in _slices(inputs):
+            part = inputs[start:stop]
+            if sum(map(len, part)) > CHARACTERS_PER_SLICE:
+                thread, tokenizer = self._large_thread, loaded.large_tokenizer
+            else:
+                thread, tokenizer = self._tokenizer_thread, loaded.encoder.tokenizer
+            results.append(await loop.run_in_executor(thread, work, tokenizer, start, part))
+        return results
 
     async def tokenize(self, call: TokenizeCall) -> Answer:
         """Every text's tokens as the model sees them, prompt included, none cut off."""
-        tokenizer = self._loaded.encoder.tokenizer
+        num_tokens = 0
 
-        def tokenize() -> TokenizeReply:
-            texts = [tokenizer.prompts[call.prompt] + text for text in call.texts]
+        def tokenize(tokenizer: Any, _: int, part: list[str]) -> list[list[Token]]:
+            nonlocal num_tokens
+            texts = [tokenizer.prompts[call.prompt] + text for text in part]
             encodings = tokenizer.hf(texts, add_special_tokens=call.add_special_tokens, verbose=False).encodings
-            return TokenizeReply([_tokens(text, encoding) for text, encoding in zip(texts, encodings, strict=True)])
+            num_tokens += sum(len(encoding.ids) for encoding in encodings)
+            if call.max_request_tokens is not None and num_tokens > call.max_request_tokens:
+                raise InputRefusedError("too_many_tokens", 0, num_tokens, call.max_request_tokens)
+            return [_tokens(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
-        return self._answer(await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, tokenize))
+        try:
+            parts = await self._by_slice(self._loaded, call.texts, tokenize)
+        except InputRefusedError as error:
+            return self._answer(error)
+        return self._answer(TokenizeReply([tokens for part in parts for tokens in part]))
 
     async def decode(self, call: DecodeCall) -> Answer:
         """The text of each list of ids."""
-        hf = self._loaded.encoder.tokenizer.hf
 
-        def decode() -> list[str]:
-            return [hf.decode(ids, skip_special_tokens=call.skip_special_tokens) for ids in call.token_ids]
+        def decode(tokenizer: Any, _: int, part: list[list[int]]) -> list[str]:
+            return [tokenizer.hf.decode(ids, skip_special_tokens=call.skip_special_tokens) for ids in part]
 
-        return self._answer(await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, decode))
+        parts = await self._by_slice(self._loaded, call.token_ids, decode)
+        return self._answer([text for part in parts for text in part])
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces this process once it raises a few times in a row.
+
+        A forward pass that failed may have failed for its texts. What tells is one of a single token: after a CUDA error, for
+        one, every pass of this process fails.
+        """
+        if self._is_in_doubt:
+            self._is_in_doubt = False  # until that one fails too
+            token = 1 % self._loaded.encoder.tokenizer.hf.vocab_size
+            await self._batcher.run_at_once([[token]], self._loaded.lane(self._served.name, 0, "unit"))
+
+    def _forward(self, input_ids: list[list[int]], lane: Lane) -> Any:
+        try:
+            return lane.forward(input_ids)
+        except Exception:
+            self._is_in_doubt = True
+            raise
 
     async def describe(self, model: str) -> Answer:
         import torch
@@ -232,8 +277,22 @@ class Embedder:
         return Answer(value, self._id, load)
 
 
-def _forward(input_ids: list[list[int]], lane: Lane) -> Any:
-    return lane.forward(input_ids)
+def _replica_id() -> str:
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:  # a test without Serve
+        return uuid.uuid4().hex
+
+
+def _slices(inputs: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Where slices begin and end; a text longer than a slice is one."""
+    start = size = 0
+    for position, item in enumerate(inputs):
+        if position > start and (position - start == TEXTS_PER_SLICE or size + len(item) > CHARACTERS_PER_SLICE):
+            yield start, position
+            start, size = position, 0
+        size += len(item)
+    yield start, len(inputs)
 
 
 def _finished(vectors: np.ndarray, call: EmbedCall) -> np.ndarray:

@@ -6,6 +6,7 @@ mixed rows would have to split them again in every adapted layer.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import time
@@ -65,6 +66,8 @@ class LoadedModel:
             if time.monotonic() > deadline:
                 raise ServeError(f"{served.name} is being published, or its publication broke off; publish it whole")
             time.sleep(0.5)
+        # A tokenizer makes one call at a time: of this one large texts, so that the others need not wait for them.
+        self.large_tokenizer = copy.deepcopy(self.encoder.tokenizer)
         self.fingerprints = {
             name: self.encoder.fingerprint if name == served.name else self._fingerprint(served.adapters[name])
             for name in served.names
