@@ -164,6 +164,7 @@ def test_info_health_and_truncation_are_visible(running: Running) -> None:
         assert info["fingerprint"] == running.encoder.fingerprint
         assert (info["pooling"], info["dtype"]) == ("mean", "float32")
         assert http.get("/health").status_code == 200
+        assert 'te_replicas{model="tiny-search"} 2.0' in http.get("/metrics").text
         answer = http.post("/v1/embeddings", json={"input": ["bucket " * 500, "bucket"], "model": running.job.name})
         assert answer.headers["x-truncated-inputs"] == "1"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Generator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,10 @@ class FakeReplicas:
         self.responses: list[FakeResponse] = []
         self.open = asyncio.Event()
         self.open.set()
+        self.replica = "replica-1"
+        self.up = [SimpleNamespace(unique_id="replica-1")]
+        router = SimpleNamespace(_request_router=SimpleNamespace(curr_replicas=self.up))
+        self._router = SimpleNamespace(_asyncio_router=router)
 
     def options(self, **given: Any) -> FakeReplicas:
         self.given = given
@@ -79,7 +84,7 @@ class Method:
             value = ServedModel(argument, replicas.fingerprint, 4, 8, 300, "mean", "float32")
         elif value is None:
             value = EmbedReply(np.ones((1, 4), np.float32), [1], fingerprint=replicas.fingerprint)
-        return Answer(value, "replica-1", {"queue_tokens": 7, "batches": len(replicas.calls)})
+        return Answer(value, replicas.replica, {"queue_tokens": 7, "batches": len(replicas.calls)})
 
 
 def over(replicas: FakeReplicas, *names: str, may_sleep: bool = False) -> ReplicaBackend:
@@ -189,6 +194,39 @@ def test_a_model_that_may_sleep_is_not_woken_by_descriptions(monkeypatch: pytest
             await backend.describe("m")
             await asyncio.sleep(0.01)
         assert len(replicas.calls) == 1
+
+    run(test())
+
+
+def test_a_model_that_may_sleep_is_described_without_waking_it_only_where_it_is_known() -> None:
+    async def test() -> None:
+        replicas = FakeReplicas()
+        backend = over(replicas, may_sleep=True)
+        with pytest.raises(ApiError) as error:
+            await backend.describe("m", wake=False)
+        assert (error.value.status, replicas.calls) == (503, [])
+        known = await backend.describe("m")
+        assert await backend.describe("m", wake=False) == known
+
+    run(test())
+
+
+def test_replicas_count_while_they_are_idle_and_their_work_when_they_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        replicas = FakeReplicas()
+        backend = over(replicas)
+        await backend.embed(CALL)
+        monkeypatch.setattr(backend_module, "QUEUE_FRESH_S", 0.0)  # all that was heard is old
+        load = (await backend.load())["m"]
+        assert (load["replicas"], load["batches"], load["queue_tokens"]) == (1, 1, 0)
+        monkeypatch.setattr(backend_module, "REQUEST_TIMEOUT_S", 0.0)
+        assert (await backend.load())["m"]["batches"] == 1
+        assert backend._loads["m"], "it is up"
+        replicas.up.clear()
+        for _ in range(2):
+            load = (await backend.load())["m"]
+            assert (load["replicas"], load["batches"]) == (0, 1)
+        assert not backend._loads["m"]
 
     run(test())
 

@@ -50,6 +50,12 @@ class Target:
     replicas: DeploymentHandle[Any]
     may_sleep: bool = False  # scales to zero: then it is not woken to describe itself
 
+    def running(self) -> set[str]:
+        """Ids of the replicas that are up, as Serve's router in this process knows them; its own interface gives none."""
+        handle: Any = self.replicas
+        router = handle._router._asyncio_router._request_router  # None before the router heard of the deployment
+        return {replica.unique_id for replica in list(router.curr_replicas)} if router else set()
+
 
 class ReplicaBackend:
     """Model replicas behind Serve handles; the first target's first name is the default model."""
@@ -60,6 +66,7 @@ class ReplicaBackend:
         self._refreshing: dict[str, asyncio.Task[None]] = {}
         self._in_flight: dict[str, int] = defaultdict(int)  # by a target's first name
         self._loads: dict[str, dict[str, tuple[float, dict[str, float]]]] = defaultdict(dict)
+        self._ended: dict[str, dict[str, float]] = defaultdict(dict)  # work of replicas that are gone
 
     def models(self) -> list[str]:
         return list(self._targets)
@@ -111,18 +118,28 @@ class ReplicaBackend:
         """For each name its replicas' work so far, and their queue as last heard; adapters share their model's."""
         now, found = time.monotonic(), {}
         for name, target in self._targets.items():
-            total: dict[str, float] = defaultdict(float)
-            total["queue_requests"] = self._in_flight[target.names[0]]
+            first, running = target.names[0], target.running()
+            self._forget_ended(first, running)
+            total: dict[str, float] = defaultdict(float, self._ended[first])
+            total["queue_requests"] = self._in_flight[first]
             total["queue_tokens"] = 0
-            for heard, load in self._loads[target.names[0]].values():
+            for heard, load in self._loads[first].values():
                 for key, value in load.items():
                     if key == "queue_tokens" and now - heard < QUEUE_FRESH_S:
                         total[key] += value
                     elif not key.startswith("queue"):
                         total[key] += value  # of replicas that ended too: these only grow
-            total["replicas"] = sum(now - heard < QUEUE_FRESH_S for heard, _ in self._loads[target.names[0]].values())
+            total["replicas"] = len(running)
             found[name] = dict(total)
         return found
+
+    def _forget_ended(self, first: str, running: set[str]) -> None:
+        """Keeps of a replica that is gone, and has no request left that could tell of it, the sum of its work only."""
+        loads, ended, now = self._loads[first], self._ended[first], time.monotonic()
+        for replica in [r for r, (heard, _) in loads.items() if r not in running and now - heard > REQUEST_TIMEOUT_S]:
+            for key, value in loads.pop(replica)[1].items():
+                if not key.startswith("queue"):
+                    ended[key] = ended.get(key, 0) + value
 
     def _target(self, model: str) -> Target:
         if model not in self._targets:
