@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -40,6 +41,7 @@ _CALL_ATTEMPTS = 4  # s3fs's own, also of answers that break off; each of _REQUE
 _UPLOAD_ATTEMPTS = 2
 _UPLOAD_FLOOR_S = 120.0  # an upload's deadline: this, for retries after an outage, and its bytes at the slowest rate
 _SLOWEST_UPLOAD_BYTES_PER_S = 2**20
+_HIDDEN = (".", "_")  # how names of hidden files and folders begin
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # files that a process is writing, or that a killed one was
 _UNFINISHED_S = 24 * 3600.0  # a younger one may still be written
 
@@ -234,8 +236,11 @@ def put_folder(local: str | Path, path: str, *, last: str | None = None) -> None
         put_file(Path(local) / name, join(path, name))
 
 
-def list_files(pattern: str) -> list[FileInfo]:
-    """The files that a path, folder or glob (`*`, `**`) names, sorted by path; hidden files (`.x`, `_x`) left out.
+def list_files(pattern: str, *, hidden: bool = False) -> list[FileInfo]:
+    """The files that a path, folder or glob (`*`, `**`) names, sorted by path; hidden ones (see `is_hidden`) left out.
+
+    Args:
+        hidden: give those too.
 
     Raises:
         StorageError: the store cannot be listed. An empty list is no error here.
@@ -253,7 +258,21 @@ def list_files(pattern: str) -> list[FileInfo]:
             except FileNotFoundError as error:  # an empty prefix is no error to a store, a missing bucket is
                 raise StorageError(f"cannot list {pattern} ({error}); check the bucket's name and AWS_ENDPOINT_URL") from error
             infos = [_remote_info(pattern, detail) for detail in details if detail["type"] == "file"]
-    return sorted((i for i in infos if not os.path.basename(i.path).startswith((".", "_"))), key=lambda i: i.path)
+    return sorted((info for info in infos if hidden or not is_hidden(info.path, pattern)), key=lambda info: info.path)
+
+
+def is_hidden(path: str, pattern: str) -> bool:
+    """Whether a file that a pattern names is `.x` or `_x`, or lies in such a folder, as what is unfinished does.
+
+    A folder that the pattern itself names that way is none.
+    """
+    *folders, file = path.split("/")
+    odd = [name for name in folders if name.startswith(_HIDDEN)]
+    if file.startswith(_HIDDEN) or not odd:
+        return file.startswith(_HIDDEN)
+    named = (pattern if is_remote(pattern) else os.path.abspath(pattern)).split("/")
+    globs = [name for name in named if name.startswith(_HIDDEN)]  # `*` alone names no hidden folder
+    return not all(name in named or any(fnmatchcase(name, one) for one in globs) for name in odd)
 
 
 def _walk(folder: str) -> list[str]:

@@ -193,6 +193,17 @@ def test_a_delta_table_is_read_as_its_newest_version(tmp_path: Path) -> None:
     assert set(ids_and_texts(job_for(path, tmp_path)).values()) == {"a", "b", "c"}
 
 
+def test_a_folder_that_holds_a_delta_table_is_refused_and_an_unfinished_write_in_it_is_not_read(tmp_path: Path) -> None:
+    rows = pa.table({"doc": [1], "text": ["a"]})
+    for name in ("in/a.parquet", "in/_temporary/0/b.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        pq.write_table(rows, tmp_path / name)
+    assert [file.name for file in list_input(job_for(tmp_path / "in", tmp_path))] == ["a.parquet"]
+    write_deltalake(tmp_path / "in" / "t", rows)
+    with pytest.raises(EmbedError, match=r"holds a Delta table, .*name the table itself: .*/in/t$"):
+        list_input(job_for(tmp_path / "in", tmp_path))
+
+
 def test_an_empty_delta_table_is_refused(tmp_path: Path) -> None:
     write_deltalake(tmp_path / "t", pa.table({"text": pa.array([], pa.string())}))
     with pytest.raises(EmbedError, match=r"the Delta table .*/t has no rows"):

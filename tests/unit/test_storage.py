@@ -94,6 +94,26 @@ def test_names_with_glob_characters_are_names_first(tmp_path: Path) -> None:
     assert [os.path.basename(f.path) for f in storage.list_files(str(folder / "a*.jsonl"))] == ["a*.jsonl"]
 
 
+def test_what_lies_in_a_hidden_folder_is_hidden_unless_the_pattern_names_it(tmp_path: Path) -> None:
+    corpus = tmp_path / "_mine" / "corpus"
+    for name in ("a/x.parquet", "_temporary/0/b.parquet", "a/.cache/c.parquet", "_SUCCESS", "a/_d.parquet"):
+        (corpus / name).parent.mkdir(parents=True, exist_ok=True)
+        (corpus / name).write_text("x")
+
+    def listed(pattern: str) -> list[str]:
+        return [f.path.removeprefix(f"{corpus}/") for f in storage.list_files(f"{corpus}/{pattern}".rstrip("/"))]
+
+    assert listed("") == listed("**/*.parquet") == ["a/x.parquet"]
+    assert (
+        listed("_temporary") == listed("_temporary/**/*.parquet") == listed("_temp*/0/*.parquet") == ["_temporary/0/b.parquet"]
+    )
+    assert listed("a/.cache/*") == ["a/.cache/c.parquet"]
+    assert len(storage.list_files(str(corpus), hidden=True)) == 5
+    for name in ("_temporary/0/b.parquet", ".x/b.parquet"):
+        assert storage.is_hidden(f"s3://b/_c/{name}", "s3://b/_c/**")
+        assert not storage.is_hidden(f"s3://b/_c/{name}", f"s3://b/_c/{name.split('/')[0]}")
+
+
 def test_a_file_removed_while_it_is_listed_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stays").write_text("x")
     (tmp_path / "goes").write_text("x")

@@ -31,14 +31,16 @@ def list_input(job: JobSpec) -> list[InputFile]:
     pattern, table = folder.resolve(embed.input.path), folder.resolve(embed.output.path)
     if storage.exists(storage.join(pattern, _DELTA_LOG)):
         return _delta_files(pattern, embed.input)
-    found = [info for info in storage.list_files(pattern) if not info.path.startswith(table.rstrip("/") + "/")]
+    below = [info for info in storage.list_files(pattern, hidden=True) if not info.path.startswith(table.rstrip("/") + "/")]
+    found = [info for info in below if not storage.is_hidden(info.path, pattern)]
     if not found:
         raise EmbedError(f"embed.input.path = {embed.input.path} matches no file ({pattern}); name a file, a folder or a glob")
     root = _root(pattern, [info.path for info in found])
-    if storage.exists(storage.join(root, _DELTA_LOG)):
+    inside = next((info.path.partition(f"/{_DELTA_LOG}/")[0] for info in below if f"/{_DELTA_LOG}/" in info.path), None)
+    if inside is not None or storage.exists(storage.join(root, _DELTA_LOG)):
         raise EmbedError(
-            f"embed.input.path = {embed.input.path} lies in a Delta table, whose folder also holds files that are no longer in "
-            f"it; name the table itself: {root.rstrip('/')}"
+            f"embed.input.path = {embed.input.path} {'holds' if inside else 'lies in'} a Delta table, whose folder also has "
+            f"files that are no longer in it; name the table itself: {inside or root.rstrip('/')}"
         )
     files, texts, strangers = [], [], []
     for info in found:
