@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from ullme_ray.cli import app
 from ullme_ray.errors import ExportError, StorageError, UllmeError
 from ullme_ray.spec import JobSpec
-from ullme_ray.vector_stores import export, faiss_store, qdrant_store, run_export, snapshot
+from ullme_ray.vector_stores import export, faiss_store, lance_store, qdrant_store, run_export, snapshot
 from ullme_ray.vectors import VectorFormat
 
 DTYPES = ("float32", "int8", "uint8", "binary", "ubinary")
@@ -168,6 +169,36 @@ def test_a_lance_dataset_keeps_the_versions_that_it_had(tmp_path: Path) -> None:
         job, _ = fill(tmp_path, VectorFormat(), rows)
         run_export(job, "lance", target, progress=False)
     assert [lance.dataset(target, version=version).count_rows() for version in (1, 2)] == [20, 25]
+
+
+def test_lance_versions_go_once_the_next_one_has_stood_for_the_retention_time(tmp_path: Path) -> None:
+    target = str(tmp_path / "docs.lance")
+    for rows in (range(0, 20), range(5, 30), range(5, 40)):
+        job, _ = fill(tmp_path, VectorFormat(), rows)
+        run_export(job, "lance", target, progress=False)
+    dataset = lance.dataset(target)
+    dataset.tags.create("kept", 1)
+    replaced = dataset.versions()[2]["timestamp"]
+
+    def left(after: timedelta, hours: int | None = 168) -> list[int]:
+        lance_store._remove_old_versions(dataset, hours, replaced + after)
+        return [one["version"] for one in lance.dataset(target).versions()]
+
+    assert left(timedelta(hours=167)) == [1, 2, 3]
+    assert left(timedelta(hours=169), hours=None) == [1, 2, 3]
+    assert left(timedelta(hours=169)) == [1, 3]
+    assert lance.dataset(target).count_rows() == 35
+    assert len(list(Path(target, "data").iterdir())) == 2
+
+
+def test_a_first_lance_export_that_broke_off_is_made_whole(tmp_path: Path) -> None:
+    job, expected = fill(tmp_path, VectorFormat(), range(0, 20))
+    target = tmp_path / "docs.lance"
+    (target / "data").mkdir(parents=True)
+    (target / "data" / "0101.lance").write_bytes(b"half of it")
+    assert run_export(job, "lance", str(target), progress=False).rows_in_store == 20
+    assert_same(read_lance(str(target), VectorFormat()), expected)
+    assert not run_export(job, "lance", str(target), progress=False).written
 
 
 def test_a_qdrant_export_that_broke_off_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ class Snapshot:
     id_name: str
     parts: tuple[Any, ...]  # pyarrow's fragments
     num_rows: int
+    retention_hours: int | None  # of embed.output: how long readers may go on with what they opened
     on_rows: Callable[[int], None] = lambda done: None  # told how many rows are out
 
     def watched(self, on_rows: Callable[[int], None]) -> Snapshot:
@@ -139,7 +140,8 @@ def open_snapshot(job: JobSpec) -> Snapshot:
     if id_name not in filled[0].physical_schema.names:
         raise ExportError(f"the table has no column {id_name} (embed.input.id); run `ullme-ray embed` on this job again")
     mark = Mark(job.name, str(table.metadata().id), int(table.version()))
-    return Snapshot(path, mark, id_name, filled, sum(num_rows for _, num_rows in counted))
+    num_rows = sum(num_rows for _, num_rows in counted)
+    return Snapshot(path, mark, id_name, filled, num_rows, job.embed.output.retention_hours)
 
 
 def plain_values(value: Any) -> Any:
