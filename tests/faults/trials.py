@@ -53,7 +53,8 @@ class Tally:
 
     @property
     def clean(self) -> bool:
-        return not (self.lost or self.duplicated or self.unreadable or self.torn or self.beyond or self.notes)
+        """Whether there were instants that hit, and none of them did harm."""
+        return self.hit > 0 and not (self.lost or self.duplicated or self.unreadable or self.torn or self.beyond or self.notes)
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
