@@ -15,9 +15,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import mteb
 from mteb.abstasks import (
@@ -28,7 +28,9 @@ from mteb.abstasks import (
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
-from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.abstasks.task_metadata import TaskMetadata, TaskType
+from mteb.get_tasks import TASK_LIST
+from mteb.types import PromptType
 
 from ullme_ray import storage
 from ullme_ray.errors import DataError, StorageError
@@ -53,10 +55,17 @@ class TaskRef:
     place: int  # among the tasks of that entry
     name: str
     dataset_version: str  # of a folder; empty for mteb's own, whose revision mteb writes
+    splits: tuple[str, ...]
+    subsets: tuple[str, ...]
+
+    def with_all_of(self, other: TaskRef) -> TaskRef:
+        """The same task with the splits and subsets of both."""
+        splits, subsets = (*self.splits, *other.splits), (*self.subsets, *other.subsets)
+        return replace(self, splits=tuple(dict.fromkeys(splits)), subsets=tuple(dict.fromkeys(subsets)))
 
 
 def find_tasks(job: JobSpec) -> list[TaskRef]:
-    """All tasks that the job names, each once.
+    """All tasks that the job names, each once: with what all entries that name it want of its splits and subsets.
 
     Raises:
         DataError: a name is neither a task nor a benchmark, a filter leaves none, or a folder is missing.
@@ -64,15 +73,54 @@ def find_tasks(job: JobSpec) -> list[TaskRef]:
     found: dict[str, TaskRef] = {}
     for i in range(len(settings_of(job).mteb)):
         for place, task in enumerate(tasks_of(job, i)):
-            name = task.metadata.name
-            known = found.setdefault(name, TaskRef(i, place, name, str(getattr(task, "folder_version", ""))))
-            if known.spec != i and (known.dataset_version or getattr(task, "folder_version", "")):
-                raise DataError(f"evaluate.mteb.{i} and .{known.spec} are two tasks named {name}; rename a folder")
+            ref = _ref(i, place, task)
+            known = found.setdefault(ref.name, ref)
+            if known.spec != i and (known.dataset_version or ref.dataset_version):
+                raise DataError(f"evaluate.mteb.{i} and .{known.spec} are two tasks named {ref.name}; rename a folder")
+            found[ref.name] = known.with_all_of(ref)
     return list(found.values())
 
 
+def _ref(spec: int, place: int, task: AbsTask) -> TaskRef:
+    # An aggregate is scored as one, whatever subsets its parts have.
+    subsets = ("default",) if task.is_aggregate else tuple(task.hf_subsets)
+    version = str(getattr(task, "folder_version", ""))
+    return TaskRef(spec, place, task.metadata.name, version, tuple(task.eval_splits), subsets)
+
+
 def make_task(job: JobSpec, ref: TaskRef) -> AbsTask:
-    return tasks_of(job, ref.spec)[ref.place]
+    task = tasks_of(job, ref.spec)[ref.place]
+    if not task.is_aggregate:
+        task.filter_eval_splits(list(ref.splits))
+        task.filter_languages(None, hf_subsets=list(ref.subsets))
+    return task
+
+
+def check_prompts(job: JobSpec, tasks: Sequence[TaskRef]) -> None:
+    """Every name in `evaluate.mteb_prompts` is one that mteb, or this job, knows.
+
+    Raises:
+        DataError: one is not, and its prompt would never be used.
+    """
+    prompts = settings_of(job).mteb_prompts
+    kinds = [kind.value for kind in PromptType]
+    known = {*kinds, *get_args(TaskType), *_known_names(), *(task.name for task in tasks)} if prompts else set()
+    for name in prompts:
+        stem = next((name.removesuffix(f"-{kind}") for kind in kinds if name.endswith(f"-{kind}")), name)
+        if not {name, stem} & known:
+            raise DataError(
+                f"evaluate.mteb_prompts: {name} is no task or type of mteb, alone or with -query or -document"
+                + _near(stem, known)
+            )
+
+
+def _known_names() -> set[str]:
+    return {task.metadata.name for task in TASK_LIST}  # classes: to make each of them would take a minute
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; near it are {', '.join(near)}" if near else "; see `mteb available-tasks`"
 
 
 def tasks_of(job: JobSpec, position: int) -> list[AbsTask]:
@@ -99,16 +147,12 @@ def _named(spec: MtebSpec, at: str) -> list[AbsTask]:
         if spec.name is None:
             types: Any = list(spec.types) or None
             return list(mteb.get_tasks(languages=languages, task_types=types, modalities=["text"]))
-        known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False, exclude_private=False)}
-        if spec.name in known:
+        if spec.name in _known_names():
             return [mteb.get_task(spec.name, languages=languages)]
         benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
         if spec.name not in benchmarks:
-            near = difflib.get_close_matches(spec.name, [*known, *benchmarks], n=3)
-            raise DataError(
-                f"{at} = {spec.name} is neither a task nor a benchmark of mteb"
-                + (f"; near it are {', '.join(near)}" if near else "; see `mteb available-tasks`")
-            )
+            near = _near(spec.name, [*_known_names(), *benchmarks])
+            raise DataError(f"{at} = {spec.name} is neither a task nor a benchmark of mteb{near}")
         tasks: Sequence[AbsTask] = mteb.get_benchmark(spec.name).tasks
     except ValueError as error:  # mteb's word for a language or type that it does not know
         raise DataError(f"{at}: {error}") from error
