@@ -78,8 +78,8 @@ def test_killed_in_the_middle_it_goes_on_and_mteb_reads_the_results(
     settings = (results_of(job)["AwsSts"].parent / "run_settings.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["task"] for line in settings) == sorted(theirs)
 
-    # The model in this process, found by its name in mteb's registry, gets the same scores from mteb alone.
-    alone = mteb.get_model(str(register(job).name))
+    # The model in this process, which the run has put in mteb's registry, gets the same scores from mteb alone.
+    alone = mteb.get_model(scores.model)
     for ref in find_tasks(job)[:3]:
         result = mteb.evaluate(alone, make_task(job, ref), cache=None, co2_tracker=False, show_progress_bar=False)
         assert result.task_results[0].get_score() == pytest.approx(theirs[ref.name], abs=1e-6)
@@ -93,6 +93,17 @@ def test_killed_in_the_middle_it_goes_on_and_mteb_reads_the_results(
     changed.write_text("".join(changed.read_text().splitlines(keepends=True)[:-3]))
     folder = ResultFolder(job, register(job))
     assert [ref.name for ref in find_tasks(job) if folder.read(ref) is None] == ["AwsSts"]
+
+    # A task that fails keeps the one behind it from nothing.
+    (tmp_path / "Broken").mkdir()
+    (tmp_path / "Broken" / "README.md").write_text("---\nconfigs: []\n---\n")
+    broken = job.model_dump()
+    broken["evaluate"]["mteb"] = [{"folder": str(tmp_path / "Broken"), "type": "sts"}, *broken["evaluate"]["mteb"]]
+    with pytest.raises(DataError, match=r"evaluate\.mteb\.0: the task Broken cannot be run .* all else is measured"):
+        run_evaluate(JobSpec.model_validate(broken))
+    assert folder.read(find_tasks(job)[1]) is not None
+    written = json.loads((Path(RunFolder.of(job).evaluation) / "report.json").read_text())["mteb"]
+    assert (list(written["failed"]), len(written["tasks"])) == (["Broken"], 5)
 
 
 def test_prompts_follow_mteb_s_order(job: JobSpec) -> None:

@@ -35,27 +35,30 @@ Model = Which | OtherModelSpec  # of the job, or any other
 
 
 class _EncodeActor:
-    """Holds one encoder at a time. Every call names the model it wants, so that Ray can restart the actor after a crash."""
+    """Holds one encoder at a time. Every call names the model it wants, so that Ray can restart the actor after a crash.
+
+    And its fingerprint: an actor that starts late, or again on another machine, must not give vectors of another model.
+    """
 
     def __init__(self, job: JobSpec, device: str | None) -> None:
         self._job, self._device = job, device
         self._which: Model | None = None
         self._encoder: Encoder | OtherEncoder | None = None
 
-    def load(self, which: Model) -> str:
-        """Loads a model in place of the one before and tells its fingerprint."""
-        return self._open(which).fingerprint
+    def load(self, which: Model, fingerprint: str) -> None:
+        """Loads a model in place of the one before."""
+        self._open(which, fingerprint)
 
-    def encode(self, which: Model, texts: list[str], prompt: PromptName) -> np.ndarray:
-        return self._open(which).encode(texts, prompt)
+    def encode(self, which: Model, fingerprint: str, texts: list[str], prompt: PromptName) -> np.ndarray:
+        return self._open(which, fingerprint).encode(texts, prompt)
 
-    def encode_prompted(self, which: Which, texts: list[str], prompt: str) -> np.ndarray:
+    def encode_prompted(self, which: Which, fingerprint: str, texts: list[str], prompt: str) -> np.ndarray:
         """Vectors of texts under any prompt."""
-        encoder = self._open(which)
+        encoder = self._open(which, fingerprint)
         assert isinstance(encoder, Encoder)
         return encoder.encode_prompted(texts, prompt)
 
-    def _open(self, which: Model) -> Encoder | OtherEncoder:
+    def _open(self, which: Model, fingerprint: str) -> Encoder | OtherEncoder:
         if self._encoder is None or self._which != which:
             self._encoder = None  # its memory goes first
             if isinstance(which, OtherModelSpec):
@@ -63,6 +66,11 @@ class _EncodeActor:
             else:
                 self._encoder = open_encoder(self._job, which=which, device=self._device)
             self._which = which
+        if self._encoder.fingerprint != fingerprint:
+            raise ModelError(
+                f"a Ray worker loads another model (fingerprint {self._encoder.fingerprint[:12]}) than this machine "
+                f"({fingerprint[:12]}); give all machines the same model folder, or keep it on s3://"
+            )
         return self._encoder
 
 
@@ -100,7 +108,7 @@ class EncoderPool:
         if not self._actors:
             self._start()
         self._which, self._fingerprint = which, fingerprint
-        self._loading = {actor.load.remote(which): actor for actor in self._actors}
+        self._loading = {actor.load.remote(which, fingerprint): actor for actor in self._actors}
         self._idle = []
 
     def _start(self) -> None:
@@ -122,7 +130,7 @@ class EncoderPool:
             if not done:
                 progress.note("still loading the model, or waiting for the cluster to place its first actor")
             for reference in done:
-                self._loaded(self._loading.pop(reference), get_or_raise(reference))
+                self._loaded(reference)
         return list(self._actors)
 
     def encode(self, texts: Sequence[str], prompt: PromptName, progress: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -137,25 +145,23 @@ class EncoderPool:
         while chunks or running:
             while chunks and self._idle:
                 actor, rows = self._idle.pop(), chunks.popleft()
-                running[actor.encode.remote(self._which, [texts[row] for row in rows], prompt)] = actor, rows
+                chunk = [texts[row] for row in rows]
+                running[actor.encode.remote(self._which, self._fingerprint, chunk, prompt)] = actor, rows
             done, _ = ray.wait([*running, *self._loading], num_returns=1, timeout=NOTE_AFTER_S)
             if not done and not running:
                 progress.note("still loading the model, or waiting for the cluster to place its first actor")
             for reference in done:
                 if reference in self._loading:
-                    self._loaded(self._loading.pop(reference), get_or_raise(reference))
+                    self._loaded(reference)
                 else:
                     actor, rows = running.pop(reference)
                     vectors = get_or_raise(reference)
                     self._idle.append(actor)
                     yield rows, vectors
 
-    def _loaded(self, actor: Any, fingerprint: str) -> None:
-        if fingerprint != self._fingerprint:
-            raise ModelError(
-                f"a Ray worker loads another model (fingerprint {fingerprint[:12]}) than this machine "
-                f"({self._fingerprint[:12]}); give all machines the same model folder, or keep it on s3://"
-            )
+    def _loaded(self, reference: Any) -> None:
+        actor = self._loading.pop(reference)
+        get_or_raise(reference)
         self._idle.append(actor)
 
 

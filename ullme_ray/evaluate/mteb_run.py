@@ -1,7 +1,8 @@
 """MTEB over Ray: processes that run tasks share processes that encode, so one large task is spread as well as many small ones.
 
 A task's process loads its data and scores it; texts go in chunks to whichever encoder is free, and at most two chunks wait at
-each, so memory is that of a task. A result is written as soon as its task is done: a run that was killed goes on with the rest.
+each, so memory is that of a task. A result is written as soon as its task is done: a run that was killed goes on with the rest,
+and a task that fails keeps none of the others from being run.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from ullme_ray.errors import DataError, ModelError, UllmeError
+from ullme_ray.errors import DataError, UllmeError
 from ullme_ray.evaluate.contenders import newest
-from ullme_ray.evaluate.encoding import CHUNK_TEXTS, MAX_RESTARTS, EncoderPool
-from ullme_ray.evaluate.mteb_model import JobModel, model_meta, prompts_of
+from ullme_ray.evaluate.encoding import CHUNK_TEXTS, MAX_RESTARTS, EncoderPool, get_or_raise
+from ullme_ray.evaluate.mteb_model import JobModel, model_meta, prompts_of, register
 from ullme_ray.evaluate.mteb_results import FOLDER, ResultFolder, task_score
 from ullme_ray.evaluate.mteb_scores import MtebScores, TaskScore
 from ullme_ray.evaluate.mteb_tasks import TaskRef, find_tasks, make_task
@@ -35,23 +36,24 @@ _ASSUMED_TEXTS = 100_000  # of tasks whose size is not known before they are loa
 
 
 def run_mteb(job: JobSpec) -> MtebScores:
-    """Runs what is not done yet of the job's tasks, on its newest model.
+    """Runs what is not done yet of the job's tasks, on its newest model; tells which tasks failed.
 
     Raises:
-        DataError: a task is not known, or its data cannot be had.
+        DataError: a task is not known.
         ModelError: the model is missing or cannot be loaded.
     """
-    meta = model_meta(job)
+    meta = register(job)
     folder = ResultFolder(job, meta)
     tasks = find_tasks(job)
     missing = [task for task in tasks if folder.read(task) is None]
+    failed: dict[str, str] = {}
     if missing:
         with EncoderPool(job, num_texts=_ASSUMED_TEXTS) as pool, Progress("mteb", len(tasks), unit="tasks") as progress:
             progress.update(len(tasks) - len(missing))
             pool.load(newest(job), encoder_fingerprint(job, which=newest(job)))
-            _run_tasks(job, missing, folder, pool.ready(progress), progress, done=len(tasks) - len(missing))
-    scores = tuple(_score(job, folder, task) for task in tasks)
-    return MtebScores(str(meta.name), str(meta.revision), FOLDER, scores)
+            failed = _run_tasks(job, missing, folder, pool.ready(progress), progress, done=len(tasks) - len(missing))
+    scores = tuple(_score(job, folder, task) for task in tasks if task.name not in failed)
+    return MtebScores(str(meta.name), str(meta.revision), FOLDER, scores, failed)
 
 
 def _score(job: JobSpec, folder: ResultFolder, ref: TaskRef) -> TaskScore:
@@ -63,36 +65,53 @@ def _score(job: JobSpec, folder: ResultFolder, ref: TaskRef) -> TaskScore:
 
 def _run_tasks(
     job: JobSpec, tasks: list[TaskRef], folder: ResultFolder, encoders: list[Any], progress: Progress, *, done: int
-) -> None:
-    located = absolute_paths(job)
+) -> dict[str, str]:
+    """Task -> why it failed, of those that did."""
     actor = ray.remote(num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(_TaskActor)
-    runners: list[Any] = [actor.remote(located, encoders) for _ in range(min(len(tasks), len(encoders), MAX_TASKS_AT_ONCE))]
+    made_with = absolute_paths(job), encoder_fingerprint(job, which=newest(job)), encoders
+    idle: list[Any] = [actor.remote(*made_with) for _ in range(min(len(tasks), len(encoders), MAX_TASKS_AT_ONCE))]
     waiting = deque(tasks)
     running: dict[Any, tuple[Any, TaskRef]] = {}
+    failed: dict[str, str] = {}
     try:
         while waiting or running:
-            busy = {runner for runner, _ in running.values()}
-            for runner in runners:
-                if waiting and runner not in busy:
-                    task = waiting.popleft()
-                    running[runner.run.remote(task)] = runner, task
+            while waiting and idle:
+                runner, task = idle.pop(), waiting.popleft()
+                running[runner.run.remote(task)] = runner, task
             (finished,), _ = ray.wait(list(running), num_returns=1)
-            _, task = running.pop(finished)
-            folder.write(_files(finished, task))
+            runner, task = running.pop(finished)
+            try:
+                folder.write(_files(finished, task))
+                if folder.read(task) is None:
+                    raise DataError(
+                        f"evaluate.mteb.{task.spec}: the task {task.name} lacks splits or subsets that were asked for"
+                    )
+            except DataError as error:
+                failed[task.name] = str(error)
+                if isinstance(error.__cause__, RayActorError):
+                    runner = actor.remote(*made_with)  # the old one is dead
+            idle.append(runner)
             done += 1
             progress.update(done)
+        return failed
     finally:
-        for runner in runners:
+        for runner in (*idle, *(runner for runner, _ in running.values())):
             ray.kill(runner)
 
 
 def _files(reference: Any, task: TaskRef) -> dict[str, str]:
+    """What a task's process made of it.
+
+    Raises:
+        DataError: the task failed; others may not.
+        ModelError: the model did.
+    """
     try:
         files: dict[str, str] = ray.get(reference)
     except RayActorError as error:
-        raise ModelError(
-            f"the process that ran the task {task.name} died, also after {MAX_RESTARTS} restarts, as one does for lack of "
-            "memory; give the machine more"
+        raise DataError(
+            f"evaluate.mteb.{task.spec}: the process that ran the task {task.name} died, also after {MAX_RESTARTS} restarts, "
+            "as one does for lack of memory; give the machine more"
         ) from error
     except RayTaskError as error:
         if isinstance(error.cause, UllmeError):
@@ -108,10 +127,11 @@ def _files(reference: Any, task: TaskRef) -> dict[str, str]:
 class _TaskActor:
     """Runs one task after another with the shared encoders."""
 
-    def __init__(self, job: JobSpec, encoders: list[Any]) -> None:
+    def __init__(self, job: JobSpec, fingerprint: str, encoders: list[Any]) -> None:
         logging.getLogger("mteb").setLevel(logging.ERROR)
         self._job = job
-        self._model: Any = JobModel(model_meta(job), prompts_of(job), partial(_encode, encoders, newest(job)))
+        encode = partial(_encode, encoders, newest(job), fingerprint)
+        self._model: Any = JobModel(model_meta(job), prompts_of(job), encode)
 
     def run(self, ref: TaskRef) -> dict[str, str]:
         """The files that mteb's ResultCache makes of a task, by name."""
@@ -132,7 +152,7 @@ class _TaskActor:
             return {name: (Path(path).parent / name).read_text(encoding="utf-8") for name in os.listdir(Path(path).parent)}
 
 
-def _encode(encoders: list[Any], which: str, texts: list[str], prompt: str) -> np.ndarray:
+def _encode(encoders: list[Any], which: str, fingerprint: str, texts: list[str], prompt: str) -> np.ndarray:
     """(N, D): each text once, however often it comes, longest first, a chunk at a time to whichever encoder is free."""
     unique = list(dict.fromkeys(texts))
     order = sorted(range(len(unique)), key=lambda row: -len(unique[row]))
@@ -143,10 +163,11 @@ def _encode(encoders: list[Any], which: str, texts: list[str], prompt: str) -> n
     while chunks or running:
         while chunks and free:
             encoder, rows = free.popleft(), chunks.popleft()
-            running[encoder.encode_prompted.remote(which, [unique[row] for row in rows], prompt)] = encoder, rows
+            chunk = [unique[row] for row in rows]
+            running[encoder.encode_prompted.remote(which, fingerprint, chunk, prompt)] = encoder, rows
         (done,), _ = ray.wait(list(running), num_returns=1)
         encoder, rows = running.pop(done)
-        found = ray.get(done)
+        found = get_or_raise(done)
         if vectors is None:
             vectors = np.empty((len(unique), found.shape[1]), np.float32)
         vectors[rows] = found

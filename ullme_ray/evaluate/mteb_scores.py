@@ -4,11 +4,13 @@
 
     model, revision, folder (relative to evaluation/)
     tasks    a list: task, type, score (its main score, the mean over splits and subsets), measure, seconds, file
+    failed   task -> why it could not be run
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,4 @@ class MtebScores:
     revision: str
     folder: str
     tasks: tuple[TaskScore, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
