@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from mteb.models.abs_encoder import AbsEncoder, get_prompt
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
+from ullme_ray import storage
 from ullme_ray.evaluate.contenders import newest, settings_of
 from ullme_ray.model import encoder_fingerprint, encoder_folder, open_encoder
-from ullme_ray.model.backbone import load_config
-from ullme_ray.model.encoder import read_settings
+from ullme_ray.model.backbone import DTYPES, load_config
+from ullme_ray.model.encoder import EncoderSettings, read_settings
+from ullme_ray.model.family import backbone_class
+from ullme_ray.model.latent_attention import LatentAttention
 from ullme_ray.spec import JobSpec
 
 Encode = Callable[[list[str], str], np.ndarray]  # texts and the prompt before each -> (N, D) float32 unit rows
@@ -56,11 +61,15 @@ def prompts_of(job: JobSpec) -> dict[str, str]:
 
 
 def model_meta(job: JobSpec) -> ModelMeta:
-    """What mteb stores beside the results. Its revision names weights, tokenizer and prompts: another model has other files."""
+    """What mteb stores beside the results. Its revision names weights, tokenizer and prompts: another model has other files.
+
+    What is None is not known here: a base's languages, licence and training data are not those of what was trained from it.
+    """
     folder = encoder_folder(job, newest(job))
     settings = read_settings(job, folder)
     prompts = prompts_of(job)
-    config = load_config(folder, trust_remote_code=job.model.trust_remote_code).get_text_config()
+    config = load_config(folder, trust_remote_code=job.model.trust_remote_code)
+    parameters, embeddings = _parameters(job, config, settings)
     made_of = json.dumps([encoder_fingerprint(job, which=newest(job)), sorted(prompts.items())])
     return ModelMeta(
         loader=partial(load_model, job=job),
@@ -68,10 +77,11 @@ def model_meta(job: JobSpec) -> ModelMeta:
         revision=hashlib.sha256(made_of.encode()).hexdigest()[:40],
         release_date=None,
         languages=None,
-        n_parameters=None,
-        memory_usage_mb=None,
+        n_parameters=parameters,
+        n_embedding_parameters=embeddings,
+        memory_usage_mb=round(parameters * DTYPES[settings.dtype].itemsize / 2**20, 1),
         max_tokens=settings.max_tokens,
-        embed_dim=int(config.hidden_size),
+        embed_dim=int(config.get_text_config().hidden_size),
         license=None,
         open_weights=None,
         public_training_code=None,
@@ -80,8 +90,25 @@ def model_meta(job: JobSpec) -> ModelMeta:
         similarity_fn_name=ScoringFunction.COSINE,
         use_instructions=any(prompts.values()),
         training_datasets=None,
-        adapted_from=None if job.model.base == "scratch" else job.model.base,
+        adapted_from=_hub_name(job.model.base),
     )
+
+
+def _parameters(job: JobSpec, config: Any, settings: EncoderSettings) -> tuple[int, int]:
+    """How many numbers the model that encodes has, and how many of them are its table of tokens; needs no memory for them."""
+    with torch.device("meta"):
+        backbone = backbone_class(config).from_config(config, trust_remote_code=job.model.trust_remote_code)
+        parts = [backbone]
+        if settings.latent_attention is not None:
+            parts.append(LatentAttention(config.get_text_config().hidden_size, *settings.latent_attention))
+    total = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    return total, backbone.get_input_embeddings().weight.numel()
+
+
+def _hub_name(base: str) -> str | None:
+    """A base by the name that others know it by; a folder has none."""
+    is_folder = base == "scratch" or storage.is_remote(base) or os.path.isdir(os.path.expanduser(base))
+    return None if is_folder else base
 
 
 def load_model(name: str, revision: str | None = None, device: str | None = None, *, job: JobSpec, **kwargs: Any) -> JobModel:
