@@ -54,13 +54,17 @@ def measure_generation(job: JobSpec, models: Sequence[Contender]) -> GenerationR
     rows = read_candidates(job)
     digest = hashlib.sha256(json.dumps([[r.query, r.passages, r.num_positives, r.num_negatives] for r in rows]).encode())
     version = digest.hexdigest()
-    own = [model for model in models if model.model in ("base", "trained")]
+    own = [_Checked(job, model, version) for model in models if model.model in ("base", "trained")]
+    missing = [checked for checked in own if not checked.note and checked.read() is None]
     spec = settings_of(job).generation
     assert spec is not None
     with EncoderPool(job, num_texts=sum(len(row.passages) for row in rows)) as pool:
-        found = tuple(_measure(job, model, rows, version, pool) for model in own)
+        cosines = [_cosines(checked.model, rows, pool) for checked in missing]
+    for checked, found in zip(missing, cosines):  # once those that encode have let go of the GPUs
+        checked.write(_values(rows, found, _logps(job, checked.which, rows)))
     path = RunFolder.of(job).resolve(spec.path)
-    return GenerationReport(path, version, len(rows), sum(len(row.passages) for row in rows), found)
+    scores = tuple(checked.scores() for checked in own)
+    return GenerationReport(path, version, len(rows), sum(len(row.passages) for row in rows), scores)
 
 
 def read_candidates(job: JobSpec) -> list[Candidates]:
@@ -93,33 +97,50 @@ def _candidates(pair: Pair, pool: Sequence[str], most: int, generator: np.random
     return Candidates(pair.query, (*positives, *negatives, *others), len(positives), len(negatives))
 
 
-def _measure(job: JobSpec, model: Contender, rows: Sequence[Candidates], version: str, pool: EncoderPool) -> GenerationScores:
-    which: Which = "trained" if model.model == "trained" else "base"
-    note = why_not(job, which)
-    if note:
-        return GenerationScores(model.name, model.fingerprint, note)
-    made_with = {"fingerprint": model.fingerprint, "rows": version, "max_tokens": _max_tokens(job)}
-    key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:24]
-    name = f"generation/{key}.json"
-    path = storage.join(RunFolder.of(job).evaluation, name)
-    try:
-        per_query = json.loads(storage.read_text(path))["per_query"]
-    except (FileNotFoundError, ValueError):
-        cosines = _cosines(model, rows, pool)
-        logps = _logps(job, which, rows)
-        per_query = [
-            {
-                "query": row.query,
-                "num_positives": row.num_positives,
-                "num_negatives": row.num_negatives,
-                "cosines": cosine,
-                "logps": [total for total, _ in scored],
-                "lengths": [length for _, length in scored],
-            }
-            for row, cosine, scored in zip(rows, cosines, logps)
-        ]
-        storage.write_text(path, json.dumps({**made_with, "per_query": per_query}))
-    return GenerationScores(model.name, model.fingerprint, results=name, **summarise(per_query))
+class _Checked:
+    """A model's values per query, in a file whose name says with what they were made."""
+
+    def __init__(self, job: JobSpec, model: Contender, version: str) -> None:
+        self.model = model
+        self.which: Which = "trained" if model.model == "trained" else "base"
+        self.note = why_not(job, self.which)
+        self._made_with = {"fingerprint": model.fingerprint, "rows": version, "max_tokens": _max_tokens(job)}
+        key = hashlib.sha256(json.dumps(self._made_with, sort_keys=True).encode()).hexdigest()[:24]
+        self._name = f"generation/{key}.json"
+        self._path = storage.join(RunFolder.of(job).evaluation, self._name)
+
+    def read(self) -> list[dict[str, Any]] | None:
+        try:
+            per_query: list[dict[str, Any]] = json.loads(storage.read_text(self._path))["per_query"]
+        except (FileNotFoundError, ValueError):
+            return None
+        return per_query
+
+    def write(self, per_query: Sequence[dict[str, Any]]) -> None:
+        storage.write_text(self._path, json.dumps({**self._made_with, "per_query": per_query}))
+
+    def scores(self) -> GenerationScores:
+        if self.note:
+            return GenerationScores(self.model.name, self.model.fingerprint, self.note)
+        per_query = self.read()
+        assert per_query is not None
+        return GenerationScores(self.model.name, self.model.fingerprint, results=self._name, **summarise(per_query))
+
+
+def _values(
+    rows: Sequence[Candidates], cosines: Sequence[list[float]], logps: Sequence[list[tuple[float, int]]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "query": row.query,
+            "num_positives": row.num_positives,
+            "num_negatives": row.num_negatives,
+            "cosines": cosine,
+            "logps": [total for total, _ in scored],
+            "lengths": [length for _, length in scored],
+        }
+        for row, cosine, scored in zip(rows, cosines, logps)
+    ]
 
 
 def summarise(per_query: Sequence[dict[str, Any]]) -> dict[str, Any]:

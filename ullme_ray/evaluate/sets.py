@@ -72,6 +72,9 @@ class _Kept:
         self._tag = model.name
 
     def read(self) -> PerQuery | None:
+        """The measures; None where they, or the run under the name that it has now, are not there."""
+        if not storage.exists(storage.join(self._folder, self.run)):
+            return None
         try:
             content = json.loads(storage.read_text(storage.join(self._folder, self.results)))
         except (FileNotFoundError, ValueError):
