@@ -104,8 +104,8 @@ def open_run(job: JobSpec, *, measure: bool = True) -> tuple[EmbedContext, RunPl
     """What every step of the run needs to know, and what there is to do. Ray must be initialised.
 
     Args:
-        measure: the ranges of int8 and uint8 vectors, and keep them, where the table has none yet. Without them it has no part
-            of the wanted kind.
+        measure: whether to measure the ranges of int8 and uint8 vectors, and keep them, where the table has none yet. Without
+            them it has no part of the wanted kind.
     """
     from ullme_ray.model import encoder_fingerprint
 
