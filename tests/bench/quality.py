@@ -6,7 +6,8 @@ Trains a pretrained decoder on real pairs for a few steps and measures nDCG@10 o
 for every run. The set `aws` is the built-in data. For each other one of --sets, --pairs is a folder that holds
 `NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows (tests/wordnet_pairs.py makes one). Hard
 negatives are BM25's best passages that are not the query's own. A run that is done stands as a line in results.jsonl
-and is not done again; all seeds of a few lines come before the next lines. `--gpu` uses this machine's GPU.
+and is not done again; all seeds of a few lines come before the next lines. A folder holds runs of the same arguments:
+one with others is refused. `--gpu` uses this machine's GPU.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ BUILTIN = "aws"
 MEASURE = "ndcg@10"
 NUM_BOOTSTRAPS = 2000
 BATCH_TOKENS = 1024  # of a forward pass of the measurement
+# The arguments that decide scores; the others decide where, how many and how fast.
+DECISIVE = ("base", "sets", "pairs", "rows", "queries", "passages")
+DECISIVE += ("steps", "batch_size", "learning_rate", "max_tokens", "dtype", "gpu")
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,6 @@ def make_test_set(folder: Path, name: str, num_queries: int, num_passages: int) 
 
 def write_training_rows(folder: Path, name: str, target: Path, num_rows: int) -> None:
     """A seeded sample of the training split, each row with its BM25 negatives."""
-    if target.is_file():
-        return
     rows = read_pairs(folder / f"{name}.train.jsonl.gz")
     chosen = [rows[i] for i in np.random.default_rng(1).choice(len(rows), size=min(num_rows, len(rows)), replace=False)]
     own: dict[str, set[str]] = {}
@@ -198,7 +200,7 @@ def run_cell(args: argparse.Namespace, cell: Cell, seed: int, test_sets: Sequenc
     return {
         "cell": asdict(cell),
         "seed": seed,
-        "steps": args.steps,
+        "made_with": made_with(args, cell),
         "scores": {name: [round(found[MEASURE], 6) for found in per.values()] for name, per in zip(args.sets, scores)},
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -254,16 +256,38 @@ def ranked(test_set: TestSet, queries: np.ndarray, passages: np.ndarray) -> Run:
     return {query: dict(best) for query, best in zip(test_set.queries, hits)}
 
 
-def read_results(path: Path) -> dict[tuple[Cell, int], dict[str, Any]]:
-    """Finished runs by cell and seed; a last line that was cut off is dropped."""
+def made_with(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
+    """The arguments that decide the scores of a run."""
+    found = {name: getattr(args, name) for name in (*DECISIVE, *(["other"] if cell == OTHER else []))}
+    return found | {name: str(Path(found[name]).resolve()) for name in ("base", "pairs", "other") if found.get(name)}
+
+
+def read_results(path: Path, args: argparse.Namespace) -> dict[tuple[Cell, int], dict[str, Any]]:
+    """Finished runs by cell and seed; a last line that was cut off is dropped.
+
+    Raises:
+        SystemExit: one was made with other arguments.
+    """
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        found[Cell(**record["cell"]), record["seed"]] = record
+        cell = Cell(**record["cell"])
+        check_arguments(path, record.get("made_with"), made_with(args, cell))
+        found[cell, record["seed"]] = record
     return found
+
+
+def check_arguments(path: Path, held: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    if held is None:
+        raise SystemExit(f"{path} holds runs that do not say with which arguments they were made; give another --folder")
+    for name, value in wanted.items():
+        if held.get(name) != value:
+            raise SystemExit(
+                f"{path} holds runs with {name} = {held.get(name)}, not {value}; give the same, or another --folder"
+            )
 
 
 def planned(args: argparse.Namespace) -> Iterator[tuple[Cell, int]]:
@@ -368,10 +392,9 @@ def prepare(args: argparse.Namespace) -> None:
     for name in args.sets:
         hard, plain = (args.folder / kind / f"{name}.jsonl" for kind in ("hard", "plain"))
         write_training_rows(pairs_folder(args, name), name, hard, args.rows)
-        if not plain.is_file():
-            plain.parent.mkdir(parents=True, exist_ok=True)
-            rows = [json.loads(line) for line in hard.read_text(encoding="utf-8").splitlines()]
-            plain.write_text("".join(json.dumps({**row, "negatives": []}) + "\n" for row in rows), encoding="utf-8")
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        rows = [json.loads(line) for line in hard.read_text(encoding="utf-8").splitlines()]
+        plain.write_text("".join(json.dumps({**row, "negatives": []}) + "\n" for row in rows), encoding="utf-8")
 
 
 def work(args: argparse.Namespace, cell: Cell, seed: int) -> dict[str, Any]:
@@ -384,9 +407,9 @@ def work(args: argparse.Namespace, cell: Cell, seed: int) -> dict[str, Any]:
 def main() -> None:
     args = parse()
     results_path = args.folder / "results.jsonl"
+    done = read_results(results_path, args)
     if not args.table:
         prepare(args)
-        done = read_results(results_path)
         with ProcessPoolExecutor(args.at_once, mp_context=get_context("spawn")) as pool:
             runs = [pool.submit(work, args, cell, seed) for cell, seed in planned(args) if (cell, seed) not in done]
             for run in as_completed(runs):
@@ -395,7 +418,7 @@ def main() -> None:
                     stream.write(json.dumps(record) + "\n")
                 told = f"{Cell(**record['cell'])} seed {record['seed']}: {per_query([record]).mean():.4f}"
                 print(f"{told} in {record['seconds']} s", file=sys.stderr, flush=True)
-    print(table(read_results(results_path)))
+    print(table(read_results(results_path, args)))
 
 
 if __name__ == "__main__":

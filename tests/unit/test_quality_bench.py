@@ -85,15 +85,44 @@ def test_intervals_hold_both_draws_and_differences_are_paired() -> None:
     assert np.subtract(*quality.interval(unlike, theirs)[:0:-1]) > 0.05
 
 
+def test_a_folder_of_other_arguments_is_refused_and_rows_are_as_many_as_asked(tmp_path: Path, tiny_base: str) -> None:
+    line = f"{tiny_base} --pairs {write_pairs(tmp_path)} --sets docs --folder {tmp_path}/out --queries 6 --passages 20"
+    for rows in (5, 7):  # nothing is measured yet: the rows are made anew
+        quality.prepare(quality.parse(f"{line} --rows {rows}".split()))
+        for kind in ("hard", "plain"):
+            assert len((tmp_path / "out" / kind / "docs.jsonl").read_text().splitlines()) == rows
+    args = quality.parse(f"{line} --rows 7".split())
+    record = quality.work(args, quality.Cell("bm25"), 0)
+    results = tmp_path / "out" / "results.jsonl"
+    results.write_text(json.dumps(record) + "\n")
+    found = {(quality.Cell("bm25"), 0): record}
+    for same in ("", "--seeds 5", "--at-once 2 --threads 2 --chunk-size 2", "--other somewhere"):
+        assert quality.read_results(results, quality.parse(f"{line} --rows 7 {same}".split())) == found
+    for name, value in {"steps": 20, "learning-rate": 0.5, "queries": 7, "sets": "aws", "rows": 6}.items():
+        other = quality.parse(f"{line} --rows 7 --{name} {value}".split())
+        with pytest.raises(SystemExit, match=rf"results\.jsonl holds runs with {name.replace('-', '_')} = .*; give the same"):
+            quality.read_results(results, other)
+    results.write_text(json.dumps({name: value for name, value in record.items() if name != "made_with"}) + "\n")
+    with pytest.raises(SystemExit, match="do not say with which arguments"):
+        quality.read_results(results, args)
+
+
 def test_table_has_a_line_per_cell_and_reads_what_was_cut_off(tmp_path: Path) -> None:
+    args = quality.parse(["base"])
     lines = [
-        {"cell": vars(cell), "seed": seed, "scores": {"docs": [0.1 * seed, value]}, "seconds": 1.0}
+        {
+            "cell": vars(cell),
+            "seed": seed,
+            "made_with": quality.made_with(args, cell),
+            "scores": {"docs": [0.1 * seed, value]},
+            "seconds": 1.0,
+        }
         for cell, value in ((quality.DEFAULT, 0.5), (quality.Cell("grl"), 0.7))
         for seed in (1, 2)
     ]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cell": {"strat')
-    found = quality.read_results(path)
+    found = quality.read_results(path, args)
     assert set(found) == {(cell, seed) for cell in (quality.DEFAULT, quality.Cell("grl")) for seed in (1, 2)}
     text = quality.table(found).splitlines()
     assert [line.split(" | ")[0] for line in text[2:]] == ["| cl", "| grl"]
