@@ -174,7 +174,7 @@ def test_a_request_and_an_answer_of_more_than_four_mebibytes_arrive(running: Run
     assert 300 * 8_000 * 2 > 4 * 2**20
     assert 300 * 128 * 32 * 4 > 4 * 2**20
     with running.http() as http:
-        answer = http.post("/embed_all", json={"inputs": [[5] * 8_000] * 300})
+        answer = http.post("/embed_all", json={"inputs": [[5] * 8_000] * 300}, timeout=300)
     assert answer.status_code == 200, answer.text[:300]
     assert np.array(answer.json()).shape == (300, 128, 32)
 

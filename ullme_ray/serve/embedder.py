@@ -44,7 +44,6 @@ TEXTS_PER_SLICE = 64
 CHARACTERS_PER_SLICE = 2**15
 SWITCH_INTERVAL_S = 0.0005  # Python's 5 ms would keep the event loop waiting behind the forward's Python
 
-
 Result = TypeVar("Result")
 
 
