@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ullme_ray import storage
-from ullme_ray.report.style import colour, legend, line_colour, page, plain, to_svg
+from ullme_ray.report.style import RC, colour, legend, line_colour, page, plain, to_svg
 from ullme_ray.spec.job import JobSpec
 from ullme_ray.spec.run_folder import RunFolder
 
@@ -100,7 +100,7 @@ def draw_png(records: Sequence[dict[str, Any]], *, title: str) -> bytes:
     panels = panels_of(records)
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context({"font.size": 9.0}):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(5.6 * columns, 2.7 * rows + 0.5), dpi=140, facecolor=colour("page"))
         FigureCanvasAgg(figure)
         figure.suptitle(headline(title, records), color=colour("ink"), fontsize=12, fontweight="bold", x=0.01, ha="left")
@@ -136,7 +136,7 @@ def panel_svg(panel: Panel, records: Sequence[dict[str, Any]]) -> str:
 
 def draw_panel(axes: Any, panel: Panel, records: Sequence[dict[str, Any]]) -> None:
     """The lines of a panel: pale as measured, strong as a running mean."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
     for position, (label, name) in enumerate(panel.lines):
         points = points_of(records, name)
@@ -153,6 +153,8 @@ def draw_panel(axes: Any, panel: Panel, records: Sequence[dict[str, Any]]) -> No
             axes.plot(steps, running_mean(values, max(3, round(_WINDOW * len(values)))), color=shown, lw=1.8, label=label)
     if panel.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # its own would be set as maths
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif panel.form.endswith("%}"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif panel.form == "{:,.0f}":

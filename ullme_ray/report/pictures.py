@@ -101,7 +101,8 @@ def scatter(name: str, title: str, points: np.ndarray, groups: Sequence[int], la
     def draw(axes: Any) -> None:
         for group, label in enumerate(labels or ("",)):
             rows = np.array(groups) == group
-            axes.scatter(points[rows, 0], points[rows, 1], s=5, color=line_colour(group), alpha=0.7, linewidths=0, label=label)
+            shown = f" {label}"  # a label that is empty or begins with _ would be left out of the legend
+            axes.scatter(points[rows, 0], points[rows, 1], s=5, color=line_colour(group), alpha=0.7, linewidths=0, label=shown)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_aspect("equal")

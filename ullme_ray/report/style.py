@@ -28,6 +28,7 @@ COLOURS = {
 }
 LINES = [name for name in COLOURS if name.startswith("line")]
 WIDTH, HEIGHT = 5.6, 2.7  # inches
+RC: Any = {"font.size": 9.0, "text.parse_math": False}  # a label of the corpus may hold $
 
 Drawing = Callable[[Any], None]  # draws on matplotlib axes
 
@@ -93,7 +94,7 @@ def to_svg(draw: Drawing, label: str, *, size: tuple[float, float] = (WIDTH, HEI
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9.0, "font.family": "sans-serif", "svg.hashsalt": label}):
+    with matplotlib.rc_context({**RC, "svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": label}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
@@ -116,7 +117,7 @@ def to_png(draw: Drawing, title: str, *, size: tuple[float, float] = (WIDTH, HEI
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 9.0}):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(size[0], size[1] + 0.3), dpi=140, facecolor=colour("page"), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
