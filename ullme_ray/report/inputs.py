@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ullme_ray import storage
 from ullme_ray.errors import UllmeError
@@ -38,6 +38,26 @@ class MeasuredSet:
     comparisons: tuple[tuple[str, ...], ...]  # better, worse, difference with its interval, p-value adjusted for their number
 
 
+@dataclass(frozen=True)
+class MeasuredGeneration:
+    path: str
+    num_rows: int
+    num_passages: int
+    rows: tuple[tuple[str, ...], ...]  # model, perplexity, preference accuracy, Kendall's tau; each with its interval
+    notes: tuple[str, ...]  # models that were not measured, and why
+
+
+@dataclass(frozen=True)
+class MeasuredMteb:
+    model: str
+    revision: str
+    rows: tuple[tuple[str, ...], ...]  # task, type, measure, score
+    failed: Mapping[str, str]  # task -> why
+
+
+_Found = TypeVar("_Found")
+
+
 def read_json(path: str, made_by: str) -> Any:
     """The content of a file.
 
@@ -56,17 +76,84 @@ def read_evaluation(job: JobSpec) -> list[MeasuredSet]:
     """Every set of the last evaluation.
 
     Raises:
-        Missing: none yet, or its file is not what `evaluate` writes.
+        Missing: none was asked for or measured yet, or its file is not what `evaluate` writes.
     """
-    path = storage.join(RunFolder.of(job).evaluation, "report.json")
+    asked = job.evaluate is not None and bool(job.evaluate.local)
+    found = _of_evaluation(job, "sets", asked, "evaluate.local", lambda sets: [_measured_set(entry) for entry in sets])
+    if not any(entry.models for entry in found):
+        raise Missing(f"{_evaluation_file(job)} names no model; run `ullme-ray evaluate` again")
+    return found
+
+
+def read_generation(job: JobSpec) -> MeasuredGeneration:
+    """The generation checks of the last evaluation.
+
+    Raises:
+        Missing: as `read_evaluation`.
+    """
+    asked = job.evaluate is not None and job.evaluate.generation is not None
+    return _of_evaluation(job, "generation", asked, "evaluate.generation", _measured_generation)
+
+
+def read_mteb(job: JobSpec) -> MeasuredMteb:
+    """MTEB scores of the last evaluation.
+
+    Raises:
+        Missing: as `read_evaluation`.
+    """
+    asked = job.evaluate is not None and bool(job.evaluate.mteb)
+    return _of_evaluation(job, "mteb", asked, "evaluate.mteb", _measured_mteb)
+
+
+def _of_evaluation(job: JobSpec, part: str, asked: bool, key: str, read: Callable[[Any], _Found]) -> _Found:
+    """A part of the evaluation's report, shown wherever it is there, or the reason why it is not."""
+    path = _evaluation_file(job)
+    if not asked and not storage.exists(path):
+        raise Missing(f"the job does not ask for it ({key})")
     content = read_json(path, "`ullme-ray evaluate`")
     try:
-        found = [_measured_set(entry) for entry in content["sets"]]
+        held = content.get(part)
+        found = read(held) if held else None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Missing(f"{path} does not hold what `ullme-ray evaluate` writes; run it again") from None
-    if not any(entry.models for entry in found):
-        raise Missing(f"{path} names no model; run `ullme-ray evaluate` again")
+    if found is None:
+        reason = f"{path} does not hold it yet; run `ullme-ray evaluate` again" if asked else "the job does not ask for it"
+        raise Missing(f"{reason} ({key})")
     return found
+
+
+def _evaluation_file(job: JobSpec) -> str:
+    return storage.join(RunFolder.of(job).evaluation, "report.json")
+
+
+def _measured_generation(content: Mapping[str, Any]) -> MeasuredGeneration:
+    rows, notes = [], []
+    for row in content["models"]:
+        if row["note"]:
+            notes.append(f"{row['model']}: not measured, for {row['note']}")
+            continue
+        rows.append(
+            (
+                str(row["model"]),
+                _figure(row["perplexity"], row["perplexity_interval"], ".2f"),
+                _figure(row["preference_accuracy"], row["preference_interval"], ".3f"),
+                _figure(row["kendall_tau"], row["tau_interval"], ".3f"),
+            )
+        )
+    path, num_rows, num_passages = str(content["path"]), int(content["num_rows"]), int(content["num_passages"])
+    return MeasuredGeneration(path, num_rows, num_passages, tuple(rows), tuple(notes))
+
+
+def _figure(value: float | None, bounds: Sequence[float] | None, form: str) -> str:
+    if value is None or bounds is None:
+        return ""
+    return f"{value:{form}} ({bounds[0]:{form}} to {bounds[1]:{form}})"
+
+
+def _measured_mteb(content: Mapping[str, Any]) -> MeasuredMteb:
+    rows = [(str(row["task"]), str(row["type"]), str(row["measure"]), f"{row['score']:.4f}") for row in content["tasks"]]
+    failed = {str(task): str(reason) for task, reason in (content.get("failed") or {}).items()}
+    return MeasuredMteb(str(content["model"]), str(content["revision"]), tuple(rows), failed)
 
 
 def _measured_set(entry: Mapping[str, Any]) -> MeasuredSet:

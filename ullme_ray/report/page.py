@@ -13,11 +13,15 @@ from ullme_ray import storage
 from ullme_ray.report import corpus_map, curves, style
 from ullme_ray.report.inputs import (
     Measured,
+    MeasuredGeneration,
+    MeasuredMteb,
     MeasuredSet,
     Missing,
     check_run,
     read_embed_report,
     read_evaluation,
+    read_generation,
+    read_mteb,
     read_serve_bench,
 )
 from ullme_ray.report.pictures import Picture, histogram, measures, scatter, shares
@@ -91,6 +95,10 @@ class _Draft:
     def add(self, *parts: str) -> None:
         self.parts += parts
 
+    def lack(self, name: str, reason: str) -> None:
+        self.missing[name] = reason
+        self.add(f'<p class="missing" data-missing="{html.escape(name)}">Not here: {html.escape(reason)}.</p>')
+
     def grid(self, pictures: Iterable[Picture]) -> None:
         self.add('<div class="grid">', *(self.picture(picture) for picture in pictures), "</div>")
 
@@ -111,6 +119,8 @@ def write_report(job: JobSpec, *, num_queries: int = 100) -> Report:
     draft = _Draft()
     _section(draft, "Training", "training", lambda: _records(job), lambda found: _training(draft, job, found))
     _section(draft, "Retrieval", "retrieval", lambda: read_evaluation(job), lambda found: _retrieval(draft, found))
+    _section(draft, "Generation", "generation", lambda: read_generation(job), lambda found: _generation(draft, found))
+    _section(draft, "MTEB", "mteb", lambda: read_mteb(job), lambda found: _mteb(draft, found))
     _section(
         draft,
         "Similarities of held-out pairs",
@@ -135,8 +145,7 @@ def _section(draft: _Draft, title: str, name: str, read: Callable[[], _Found], s
     try:
         found = read()
     except Missing as reason:
-        draft.missing[name] = str(reason)
-        draft.add(f'<p class="missing" data-missing="{name}">Not here: {html.escape(str(reason))}.</p>')
+        draft.lack(name, str(reason))
         return
     show(found)
 
@@ -168,6 +177,14 @@ def _training(draft: _Draft, job: JobSpec, records: Sequence[dict[str, Any]]) ->
     panels = curves.panels_of(records)
     draft.grid(_of_panel(panel, records) for panel in panels)
     draft.add(curves.values_table(panels, records))
+    if not any(panel.title.startswith("validation") for panel in panels):
+        draft.lack("validation", _no_validation(job))
+
+
+def _no_validation(job: JobSpec) -> str:
+    if job.train is not None and job.train.validation is not None:
+        return "the steps so far hold no nDCG; train.validation measures it at later ones"
+    return "nDCG over steps needs train.validation, a held-out set that is measured while the model trains"
 
 
 def _of_panel(panel: curves.Panel, records: Sequence[dict[str, Any]]) -> Picture:
@@ -193,6 +210,26 @@ def _retrieval(draft: _Draft, sets: Sequence[MeasuredSet]) -> None:
             draft.tiles += [(f"{model.measures[first]:.3f}", f"{first}, {model.model}") for model in shown]
 
 
+def _generation(draft: _Draft, found: MeasuredGeneration) -> None:
+    counts = f"{found.num_rows:,} rows, {found.num_passages:,} passages"
+    draft.add(f'<p class="note">{html.escape(found.path)}: {counts}; 95 % intervals</p>')
+    if found.rows:
+        draft.add(_table(["model", "perplexity", "preference accuracy", "Kendall's tau"], found.rows))
+    draft.add(*(f'<p class="note">{html.escape(note)}</p>' for note in found.notes))
+    draft.add(
+        '<p class="note">Perplexity: of the positives given the query; lower is better. Preference: how often a positive is '
+        "likelier than the row's own negatives. Tau: whether cosine and likelihood rank a query's passages alike.</p>"
+    )
+
+
+def _mteb(draft: _Draft, found: MeasuredMteb) -> None:
+    draft.add(f'<p class="note">{html.escape(found.model)}, revision {html.escape(found.revision[:12])}</p>')
+    if found.rows:
+        draft.add(_table(["task", "type", "measure", "score"], found.rows))
+    for task, reason in found.failed.items():
+        draft.lack(f"mteb {task}", reason)
+
+
 def _measure_cell(model: Measured, name: str) -> str:
     if name not in model.measures:
         return ""
@@ -214,7 +251,7 @@ def _similarities(draft: _Draft, models: Sequence[Similarity]) -> None:
             f"{found.positives.mean():.3f}",
             f"{found.negatives.mean():.3f}" if len(found.negatives) else "",
             f"{found.alignment:.3f}",
-            f"{found.uniformity:.3f}",
+            f"{found.uniformity:.3f}" if found.uniformity is not None else "",
         ]
         for found in models
     ]

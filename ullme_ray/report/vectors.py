@@ -54,7 +54,7 @@ class Similarity:
     positives: np.ndarray  # (n,)
     negatives: np.ndarray  # (m,)
     alignment: float
-    uniformity: float
+    uniformity: float | None  # of a single passage there is none
 
 
 def sample_table(job: JobSpec) -> TableSample:
@@ -163,10 +163,13 @@ def measure_similarity(job: JobSpec, num_queries: int) -> list[Similarity]:
     generator = np.random.default_rng([job.seed, _STREAM])
     ids = sorted(held_out.queries)
     chosen = [ids[i] for i in np.sort(generator.permutation(len(ids))[:num_queries])]
-    own = [next((id_ for id_ in held_out.qrels[query] if id_ in held_out.passages), None) for query in chosen]
-    pairs = [(query, passage) for query, passage in zip(chosen, own) if passage is not None]
-    if len(pairs) < 2:
+    right = {query: _relevant(held_out, query) for query in chosen}
+    chosen = [query for query in chosen if right[query]]
+    if len(chosen) < 2:
         raise Missing("the held-out set has fewer than two queries with a passage")
+    texts = list(dict.fromkeys(right[query][0] for query in chosen))  # one that several queries share is a passage once
+    own = np.array([texts.index(right[query][0]) for query in chosen])  # (N,)
+    relevant = np.array([[text in right[query] for text in texts] for query in chosen])  # (N, P)
     from ullme_ray.model import open_encoder
 
     found = []
@@ -178,30 +181,38 @@ def measure_similarity(job: JobSpec, num_queries: int) -> list[Similarity]:
             if which == models[-1]:
                 raise Missing(str(error)) from None
             continue  # the base may be gone once a model is trained
-        queries = encoder.encode([held_out.queries[query] for query, _ in pairs], "query")
-        passages = encoder.encode([held_out.passages[passage] for _, passage in pairs], "passage")
+        queries = encoder.encode([held_out.queries[query] for query in chosen], "query")
+        passages = encoder.encode(texts, "passage")
         del encoder
-        relevant = np.array([[passage in held_out.qrels[query] for _, passage in pairs] for query, _ in pairs])
-        found.append(similarity(which, queries, passages, relevant))
+        found.append(similarity(which, queries, passages, own, relevant))
     return found
 
 
+def _relevant(held_out: LocalSet, query: str) -> list[str]:
+    """The texts that answer a query; one judged 0 is there to be told from them."""
+    return [held_out.passages[id_] for id_, score in held_out.qrels[query].items() if score > 0 and id_ in held_out.passages]
+
+
 def similarity(
-    which: Literal["base", "trained"], queries: np.ndarray, passages: np.ndarray, relevant: np.ndarray
+    which: Literal["base", "trained"], queries: np.ndarray, passages: np.ndarray, own: np.ndarray, relevant: np.ndarray
 ) -> Similarity:
-    """From unit vectors (N, D) of queries and of the passage of each; `relevant` (N, N) tells which pairs are no negatives.
+    """From unit vectors of queries (N, D) and of passages (P, D), each passage once.
 
     Alignment and uniformity as Wang and Isola (2020) define them, with alpha = 2 and t = 2: lower is better for both.
+
+    Args:
+        own: (N,), the passage of each query.
+        relevant: (N, P), which pairs are no negatives.
     """
-    cosines = queries @ passages.T  # (N, N)
+    cosines = queries @ passages.T  # (N, P)
     between = np.clip(passages @ passages.T, -1, 1)[np.triu_indices(len(passages), 1)]  # squared distance is 2 - 2 cos
-    positives = np.diag(cosines)
+    positives = cosines[np.arange(len(queries)), own]
     return Similarity(
         which,
         positives,
         cosines[~relevant],
         alignment=float(np.mean(2 - 2 * positives)),
-        uniformity=float(np.log(np.mean(np.exp(-2 * (2 - 2 * between))))),
+        uniformity=float(np.log(np.mean(np.exp(-2 * (2 - 2 * between))))) if len(between) else None,
     )
 
 
