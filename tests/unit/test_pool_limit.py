@@ -40,9 +40,10 @@ def test_nodes_that_an_autoscaler_may_start_count(groups: tuple[WorkerGroupSpec,
 def test_the_nightly_job_begins_on_one_pod_and_may_grow_to_all_of_its_own() -> None:
     job = load_job(Path(__file__).parents[2] / "jobs" / "nightly.yaml")
     assert job.embed is not None
-    assert pool_limit(STAGE, job.embed.actors, 100, job.cluster.workers) == job.embed.actors.max == 8
+    assert pool_limit(STAGE, job.embed.actors, 100, job.cluster.groups_for("embed")) == job.embed.actors.max == 8
+    assert [group.name for group in job.cluster.groups_for("embed")] == ["embed"]  # a serving pod's CPUs are not its own
     least = job.embed.actors.model_copy(update={"min": 4})
-    assert pool_limit(STAGE, least, 100, job.cluster.workers) == 8
+    assert pool_limit(STAGE, least, 100, job.cluster.groups_for("embed")) == 8
     with pytest.raises(EmbedError, match=r"embed.actors.min = 4 actors of 3 CPUs.* has 4; lower them or add nodes"):
         pool_limit(STAGE, least, 100)
 

@@ -17,7 +17,7 @@ def worker_groups(job: JobSpec, stages: tuple[str, ...]) -> list[WorkerGroupSpec
 
     Never none, for the head takes no work.
     """
-    own = [group for group in job.cluster.workers if not group.stages or set(group.stages) & set(stages)]
+    own = list(job.cluster.groups_for(*stages))
     return own or [_group(pool) for pool in pools(job, stages)] or [WorkerGroupSpec(name="work", cpus=4, memory_gb=16.0)]
 
 

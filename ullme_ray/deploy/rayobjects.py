@@ -21,6 +21,7 @@ from ullme_ray.deploy.versions import RAY_VERSION, image
 from ullme_ray.spec.job import JobSpec
 
 API = "ray.io/v1"
+_LAST_S = 30  # of a serving pod, after its longest request
 _START_LIMIT_S = 1800  # a cluster that has no pods by then waits for machines that nobody has
 
 
@@ -133,10 +134,12 @@ def ray_service(job: JobSpec, job_text: str) -> Manifest:
 def _serving_cluster(job: JobSpec, job_text: str) -> Manifest:
     from ullme_ray.serve.front import CALLBACK
 
+    assert job.serve is not None
     cluster = ray_cluster(job, ("serve",), job_text)
     pods = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
     for pod in pods:  # Serve's own proxy stands before the ingress here; start_server has none
         pod["spec"]["containers"][0]["env"] += [{"name": name, "value": value} for name, value in CALLBACK.items()]
+        pod["spec"]["terminationGracePeriodSeconds"] = round(job.serve.request_timeout_s) + _LAST_S
     return cluster
 
 

@@ -40,7 +40,9 @@ def run_units(units: list[Unit], context: EmbedContext, steps: Steps = Steps()) 
     Raises:
         UllmeError: whatever a step raised on purpose, or with Ray's reason for anything else.
     """
-    most = pool_limit(STAGE, embed_section(context.job).actors, len(units), context.job.cluster.workers)
+    cluster = context.job.cluster
+    groups = cluster.groups_for("embed") if cluster.address is not None else ()  # a local Ray starts none
+    most = pool_limit(STAGE, embed_section(context.job).actors, len(units), groups)
     blocks = min(len(units), MOST_BLOCKS)
     for _, outcome in run_beside(STAGE, _flow, units, context, blocks, most, steps):
         yield outcome

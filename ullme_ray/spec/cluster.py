@@ -81,6 +81,10 @@ class ClusterSpec(Section):
     )
     redis_password: SecretRef | None = Field(None, description="Password of that Redis, as env:NAME (a key of `secret`).")
 
+    def groups_for(self, *stages: str) -> tuple[WorkerGroupSpec, ...]:
+        """The job's own groups of workers that are for one of these stages."""
+        return tuple(group for group in self.workers if not group.stages or set(group.stages) & set(stages))
+
 
 class ScheduleSpec(Section):
     cron: Annotated[str, AfterValidator(_cron)] = Field(
