@@ -78,7 +78,8 @@ def test_a_billion_documents_on_256_gpus(tmp_path: Path) -> None:
 
 def test_costs_come_from_the_command_line_then_the_last_run(tmp_path: Path) -> None:
     job = job_in(tmp_path)
-    report = {"rows_embedded": 90, "rows_copied": 10, "tokens": 1800, "tokens_per_s": 500.0, "bytes_written": 5000}
+    report = {"rows_embedded": 90, "rows_copied": 10, "tokens": 1800, "bytes_written": 5000}
+    report |= {"tokens_per_s": 100.0, "model_tokens_per_s": 500.0, "actors": 2}  # of eight that there might have been
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "embed_report.json").write_text(json.dumps(report))
     plan = plan_scale(job, 1e6)

@@ -233,11 +233,15 @@ def _padding_share(forwards: Sequence[Forward]) -> float:
     return 1.0 - sum(forward.num_tokens for forward in forwards) / positions if positions else 0.0
 
 
+def _num_actors(forwards: Sequence[Forward], most: int) -> int:
+    """That embedded; one that took a dead one's place does not count beside it."""
+    return min(most, len({forward.actor for forward in forwards if forward.num_tokens}))
+
+
 def _model_rate(forwards: Sequence[Forward], most_actors: int) -> float | None:
-    """Tokens/s of all actors while they embedded; one that took a dead one's place does not count beside it."""
+    """Tokens/s of all actors while they embedded."""
     seconds = sum(forward.seconds for forward in forwards if forward.num_tokens)
-    actors = min(most_actors, len({forward.actor for forward in forwards if forward.num_tokens}))
-    return actors * sum(forward.num_tokens for forward in forwards) / seconds if seconds else None
+    return _num_actors(forwards, most_actors) * sum(forward.num_tokens for forward in forwards) / seconds if seconds else None
 
 
 class _Silent:
@@ -283,7 +287,8 @@ def _report(run: _Run, wanted: dict[PartKey, Part], duplicates: Duplicates) -> E
     tokens, peak_flop = sum(f.num_tokens for f in forwards), sum(f.peak_flop for f in forwards)
     embedded, copied = sum(o.num_embedded for o in outcomes), sum(o.num_copied for o in outcomes)
     dead_before = sum(plan.dead.get(key, 0) for key in plan.done)
-    price = embed_section(run.context.job).price_per_hour
+    embed = embed_section(run.context.job)
+    price, most_actors = embed.price_per_hour, embed.actors.max
     worked = embedded + copied
     held = wanted if run.newer is None else run.newer
     return EmbedReport(
@@ -309,7 +314,8 @@ def _report(run: _Run, wanted: dict[PartKey, Part], duplicates: Duplicates) -> E
         plan_seconds=run.plan_seconds,
         commit_seconds=run.commit_seconds,
         tokens_per_s=tokens / seconds,
-        model_tokens_per_s=_model_rate(forwards, embed_section(run.context.job).actors.max) or last_rate(run.context.job),
+        actors=_num_actors(forwards, most_actors),
+        model_tokens_per_s=_model_rate(forwards, most_actors) or last_rate(run.context.job),
         rows_per_s=worked / seconds,
         mfu=sum(f.flop for f in forwards) / peak_flop if peak_flop and tokens else None,
         retries=sum(outcome.retries for outcome in outcomes),

@@ -39,6 +39,7 @@ class EmbedReport:
     plan_seconds: float  # of these: listing the corpus, counting rows, comparing with the table
     commit_seconds: float
     tokens_per_s: float
+    actors: int  # that embedded
     model_tokens_per_s: float | None  # of all actors while they embedded; of an earlier run where this one embedded nothing
     rows_per_s: float  # embedded or copied
     mfu: float | None  # of the actors while they embedded; None where they had nothing to do

@@ -193,16 +193,15 @@ def _run(units: int, processes: int, each_s: float, costs: Costs) -> tuple[float
 def _measured(job: JobSpec) -> dict[str, float]:
     """What the job's last embedding run tells; empty where it embedded nothing, or its storage cannot be reached from here."""
     try:
-        report = json.loads(storage.read_text(storage.join(RunFolder.of(job).root, "embed_report.json")))
+        report: dict[str, Any] = json.loads(storage.read_text(storage.join(RunFolder.of(job).root, "embed_report.json")))
     except (FileNotFoundError, StorageError):
         return {}
     found: dict[str, float] = {}
     embedded, written = report.get("rows_embedded", 0), report.get("bytes_written", 0)
-    if embedded:
+    if embedded and report.get("actors"):
         found["tokens_per_document"] = report["tokens"] / embedded
         found["bytes_per_document"] = written / (embedded + report.get("rows_copied", 0))
-        assert job.embed is not None
-        found["tokens_per_s"] = report["tokens_per_s"] / job.embed.actors.max
+        found["tokens_per_s"] = report["model_tokens_per_s"] / report["actors"]
     return {name: value for name, value in found.items() if value > 0}
 
 
