@@ -114,9 +114,13 @@ def router(service: Service) -> APIRouter:
 
     max_inputs, max_tokens = service.settings.max_inputs, service.settings.max_request_tokens
 
+    async def read(request: Request, raw: bytes, form: type[Any]) -> tuple[Any, ServedModel]:
+        """The body as a form that has a `model`, and that model."""
+        body: Any = await off_loop(lambda: parse_body(raw, form, TEI), size=len(raw))
+        return body, await service.model(request, body.model)
+
     async def call_of(request: Request, raw: bytes, form: type[EmbedAllRequest]) -> tuple[Any, ServedModel, EmbedCall]:
-        body = await off_loop(lambda: parse_body(raw, form, TEI), size=len(raw))
-        model = await service.model(request, body.model)
+        body, model = await read(request, raw, form)
 
         def make() -> EmbedCall:
             texts, token_ids = split_input(body.inputs, "inputs", TEI)
@@ -178,8 +182,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/tokenize", **json_body(TokenizeRequest), **json_response(_TOKENS_SCHEMA, TEI))
     async def tokenize(request: Request) -> Response:
         async with service.admitted(request) as raw:
-            body = await off_loop(lambda: parse_body(raw, TokenizeRequest, TEI), size=len(raw))
-            model = await service.model(request, body.model)
+            body, model = await read(request, raw, TokenizeRequest)
 
             def make() -> TokenizeCall:
                 texts, _ = split_input(body.inputs, "inputs", TEI)
@@ -203,8 +206,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/decode", **json_body(DecodeRequest), **json_response(_TEXTS_SCHEMA, TEI))
     async def decode(request: Request) -> Response:
         async with service.admitted(request) as raw:
-            body = await off_loop(lambda: parse_body(raw, DecodeRequest, TEI), size=len(raw))
-            model = await service.model(request, body.model)
+            body, model = await read(request, raw, DecodeRequest)
 
             def make() -> DecodeCall:
                 _, token_ids = split_input(body.ids, "ids", TEI)
