@@ -35,7 +35,7 @@ from ullme_ray.errors import DataError
 from ullme_ray.spec import JobSpec, RunFolder
 from ullme_ray.spec.job import DatasetSpec
 
-RULES_VERSION = 1  # raise it when the rules above change, so that old folders are written again
+RULES_VERSION = 2  # raise it when the rules above change, so that old folders are written again
 MIN_PASSAGE_CHARS = 120
 MANIFEST = "dataset.json"
 
@@ -68,7 +68,8 @@ def ensure_dataset(job: JobSpec) -> None:
     """Writes the data of `job.dataset` below run:data, if it is not there yet.
 
     Files: `train.jsonl` for training, `heldout/` in BEIR layout for evaluation (its corpus holds the passages of both splits),
-    `corpus.jsonl` for embedding (the same ids, with a title to show), and `dataset.json`, written last.
+    `heldout_pairs.jsonl` with the same queries as training rows are, for the generation checks, `corpus.jsonl` for embedding
+    (the same ids, with a title to show), and `dataset.json`, written last.
 
     Raises:
         DataError: the section asks for more than botocore has.
@@ -199,7 +200,8 @@ def build_files(pairs: Sequence[Pair], section: DatasetSpec, seed: int) -> tuple
     for pair in pairs:
         documents.setdefault(pair.passage, pair)
     files = {
-        "train.jsonl": _jsonl(_train_rows(train, section.negatives_per_query, seed)),
+        "train.jsonl": _jsonl(_rows(train, train, section.negatives_per_query, seed)),
+        "heldout_pairs.jsonl": _jsonl(_rows(heldout, pairs, section.negatives_per_query, seed)),
         # Training sees bare passages, so evaluation must: the BEIR title stays empty.
         "heldout/corpus.jsonl": _jsonl(
             {"_id": d.key, "title": "", "text": d.passage, **_origin(d)} for d in documents.values()
@@ -236,12 +238,12 @@ def _split(pairs: Sequence[Pair], heldout_queries: int, seed: int) -> tuple[list
     return train, sorted(heldout, key=lambda p: p.key)
 
 
-def _train_rows(train: Sequence[Pair], negatives_per_query: int, seed: int) -> Iterable[dict[str, Any]]:
-    """Training rows with hard negatives: passages of other operations of the same service, of the training split only."""
+def _rows(chosen: Sequence[Pair], pool: Sequence[Pair], negatives_per_query: int, seed: int) -> Iterable[dict[str, Any]]:
+    """The chosen pairs with hard negatives: passages of other operations of the same service, of the pool only."""
     by_service: dict[str, list[Pair]] = defaultdict(list)
-    for pair in train:
+    for pair in pool:
         by_service[pair.service].append(pair)
-    for pair in train:
+    for pair in chosen:
         others = [other.passage for other in by_service[pair.service] if other.passage != pair.passage]
         count = min(negatives_per_query, len(others))
         negatives = random.Random(f"{seed}/negatives/{pair.key}").sample(others, count)

@@ -8,6 +8,9 @@ for every run. The set `aws` is the built-in data. For each other one of --sets,
 negatives are BM25's best passages that are not the query's own. A run that is done stands as a line in results.jsonl
 and is not done again; all seeds of a few lines come before the next lines. A folder holds runs of the same arguments:
 one with others is refused. `--gpu` uses this machine's GPU.
+
+A second table tells what training does to generation, by the measures of ullme_ray/evaluate/generation.py: held-out queries
+with their passages and wrong ones, BM25's best where it finds any, scored by the same weights under causal attention.
 """
 
 from __future__ import annotations
@@ -28,18 +31,20 @@ import numpy as np
 import torch
 
 from ullme_ray.evaluate.bm25 import bm25_run
+from ullme_ray.evaluate.generation import Candidates, summarise
 from ullme_ray.model.backbone import base_folder
 from ullme_ray.model.budget import token_budget_batches
 from ullme_ray.model.encode import pad_tokens
 from ullme_ray.model.encoder import open_tokenizer
-from ullme_ray.model.two_pass import build_two_pass
+from ullme_ray.model.tokenizing import TextTokenizer
+from ullme_ray.model.two_pass import TwoPassModel, build_two_pass
 from ullme_ray.pairs import read_sources
 from ullme_ray.retrieval.local_set import read_local_set
 from ullme_ray.retrieval.metrics import Run, score_run
 from ullme_ray.retrieval.topk import top_k
 from ullme_ray.sample_data import ensure_dataset
 from ullme_ray.spec import JobSpec
-from ullme_ray.train.collate import collate, shortest_first
+from ullme_ray.train.collate import Example, collate, generation_batch, shortest_first
 from ullme_ray.train.data import BatchSampler
 from ullme_ray.train.loop import learning_rate_at
 from ullme_ray.train.open_engine import open_engine
@@ -50,8 +55,9 @@ BUILTIN = "aws"
 MEASURE = "ndcg@10"
 NUM_BOOTSTRAPS = 2000
 BATCH_TOKENS = 1024  # of a forward pass of the measurement
+NUM_WRONG = 4  # passages beside the right ones of a query whose generation is checked
 # The arguments that decide scores; the others decide where, how many and how fast.
-DECISIVE = ("base", "sets", "pairs", "rows", "queries", "passages")
+DECISIVE: tuple[str, ...] = ("base", "sets", "pairs", "rows", "queries", "passages", "checked")
 DECISIVE += ("steps", "batch_size", "learning_rate", "max_tokens", "dtype", "gpu")
 
 
@@ -74,9 +80,8 @@ class Cell:
 DEFAULT = Cell()
 # All seeds of a group before the next group, so that a cut leaves the most telling comparisons whole.
 GROUPS = (
-    (DEFAULT, Cell("grl"), Cell(pooling="lasttoken", bidirectional=False)),
-    (Cell(hard_negatives=False), Cell(prompts=False), Cell(bidirectional=False)),
-    (Cell("sft"), Cell("dpo"), Cell("genc")),
+    (DEFAULT, Cell(hard_negatives=False), Cell(prompts=False), Cell(bidirectional=False)),
+    (Cell("grl"), Cell("sft"), Cell("dpo"), Cell("genc"), Cell(pooling="lasttoken", bidirectional=False)),
     (Cell("grl", temperature=0.05), Cell(pooling="lasttoken"), Cell(pooling="weightedmean"), Cell(temperature=0.1)),
     (Cell("grl", hard_negatives=False), Cell("grl", pooling="lasttoken", bidirectional=False)),
 )
@@ -190,23 +195,28 @@ def run_cell(args: argparse.Namespace, cell: Cell, seed: int, test_sets: Sequenc
     """Trains where there is something to train, and measures."""
     start = time.perf_counter()
     runs: list[Run]
+    checks: list[dict[str, Any]] = []
     if cell.strategy == "bm25":
         runs = [bm25_run(test_set.queries, test_set.passages, 10) for test_set in test_sets]
     elif cell.strategy == "other":
         runs = other_runs(args.other, test_sets)
     else:
-        runs = own_runs(make_job(args, cell, seed), test_sets, train=cell.is_trained)
+        runs, checks = own_runs(make_job(args, cell, seed), test_sets, train=cell.is_trained, num_checked=args.checked)
     scores = [score_run(test_set.qrels, run, [MEASURE]) for test_set, run in zip(test_sets, runs)]
     return {
         "cell": asdict(cell),
         "seed": seed,
         "made_with": made_with(args, cell),
         "scores": {name: [round(found[MEASURE], 6) for found in per.values()] for name, per in zip(args.sets, scores)},
+        "checks": checks,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-def own_runs(job: JobSpec, test_sets: Sequence[TestSet], *, train: bool) -> list[Run]:
+def own_runs(
+    job: JobSpec, test_sets: Sequence[TestSet], *, train: bool, num_checked: int
+) -> tuple[list[Run], list[dict[str, Any]]]:
+    """What each set's queries find, and the values of the generation checks for `num_checked` of them."""
     tokenizer = open_tokenizer(job, which="base")
     module = build_two_pass(base_folder(job), job.model, reference="auto", seed=job.seed)
     engine = open_engine(module, job, 1)
@@ -233,10 +243,54 @@ def own_runs(job: JobSpec, test_sets: Sequence[TestSet], *, train: bool) -> list
             vectors[rows] = module(pad_tokens(tokens, rows, tokenizer.pad_id).to(engine.device))[0].cpu().numpy()
         return vectors
 
-    return [
-        ranked(test_set, encode(list(test_set.queries.values()), "query"), encode(list(test_set.passages.values()), "passage"))
-        for test_set in test_sets
-    ]
+    runs: list[Run] = []
+    checks: list[dict[str, Any]] = []
+    for test_set in test_sets:
+        queries = encode(list(test_set.queries.values()), "query")
+        passages = encode(list(test_set.passages.values()), "passage")
+        runs.append(ranked(test_set, queries, passages))
+        query_at, passage_at = (
+            {text: row for row, text in enumerate(texts.values())} for texts in (test_set.queries, test_set.passages)
+        )
+        for rows in checked_queries(test_set, num_checked):
+            cosines = passages[[passage_at[text] for text in rows.passages]] @ queries[query_at[rows.query]]
+            checks.append(check_generation(job, module, tokenizer, rows, cosines))
+    return runs, checks
+
+
+def checked_queries(test_set: TestSet, num_queries: int) -> list[Candidates]:
+    """Queries at even distances, each with its passages and the best wrong ones of BM25; others where it finds too few."""
+    generator = np.random.default_rng(2)
+    ids = list(test_set.queries)
+    chosen = {ids[i]: test_set.queries[ids[i]] for i in np.linspace(0, len(ids) - 1, min(num_queries, len(ids))).astype(int)}
+    found = bm25_run(chosen, test_set.passages, NUM_WRONG + max(map(len, test_set.qrels.values())))
+    rows = []
+    for id_, query in chosen.items():
+        right = list(test_set.qrels[id_])
+        others = generator.permutation(list(test_set.passages)).tolist()
+        wrong = [passage for passage in dict.fromkeys([*found[id_], *others]) if passage not in right][:NUM_WRONG]
+        passages = tuple(test_set.passages[passage] for passage in [*right, *wrong])
+        rows.append(Candidates(query, passages, len(right), len(wrong)))
+    return rows
+
+
+@torch.inference_mode()
+def check_generation(
+    job: JobSpec, module: TwoPassModel, tokenizer: TextTokenizer, rows: Candidates, cosines: np.ndarray
+) -> dict[str, Any]:
+    """The values of one query, as `summarise` takes them."""
+    assert job.train is not None
+    example = Example(0, rows.query, rows.passages, ())
+    pairs = [(example, passage) for passage in rows.passages]
+    batch = generation_batch(pairs, tokenizer, max_tokens=job.train.max_generation_tokens or job.model.max_tokens)
+    logps = module(None, None, batch.to(next(module.parameters()).device))[2]
+    return {
+        "num_positives": rows.num_positives,
+        "num_negatives": rows.num_negatives,
+        "cosines": np.round(cosines, 6).tolist(),
+        "logps": [round(value, 4) for value in logps.tolist()],
+        "lengths": batch.passage_lengths.tolist(),
+    }
 
 
 def other_runs(folder: str, test_sets: Sequence[TestSet]) -> list[Run]:
@@ -345,6 +399,28 @@ def table(results: dict[tuple[Cell, int], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def checks_table(results: dict[tuple[Cell, int], dict[str, Any]]) -> str:
+    """Markdown: what is left of generation, a line per strategy with everything else as in the default line."""
+    measures = ("perplexity", "preference_accuracy", "kendall_tau")
+    lines = [
+        "| strategy | perplexity of the right passage: mean, seeds | preferred to a wrong one | Kendall tau with the cosine |",
+        "| --- | --- | --- | --- |",
+    ]
+    for strategy in ("base", "cl", "sft", "dpo", "genc", "grl"):
+        records = [results[cell, seed] for cell, seed in sorted(results, key=lambda key: key[1]) if cell == Cell(strategy)]
+        per_seed = [summarise(record["checks"]) for record in records if record["checks"]]
+        if not per_seed:
+            continue
+        parts = []
+        for name in measures:
+            values = [found[name] for found in per_seed]
+            form = ".1f" if name == "perplexity" else ".3f"
+            seeds = " ".join(f"{value:{form}}" for value in values) if len(values) > 1 else ""
+            parts.append(f"{np.mean(values):{form}}" + (f" ({seeds})" if seeds else ""))
+        lines.append("| " + " | ".join([strategy, *parts]) + " |")
+    return "\n".join(lines)
+
+
 def names(cell: Cell) -> list[str]:
     if cell.strategy in ("bm25", "other"):
         return [cell.strategy, "", "", "", ""]
@@ -369,6 +445,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--queries", type=int, default=100, help="of each set")
     parser.add_argument("--passages", type=int, default=300, help="of each set")
+    parser.add_argument(
+        "--checked", type=int, default=40, help="of the queries of each set, also for what is left of generation"
+    )
     parser.add_argument("--rows", type=int, default=2000, help="training rows drawn from each set")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time, each in a process of its own")
@@ -418,7 +497,8 @@ def main() -> None:
                     stream.write(json.dumps(record) + "\n")
                 told = f"{Cell(**record['cell'])} seed {record['seed']}: {per_query([record]).mean():.4f}"
                 print(f"{told} in {record['seconds']} s", file=sys.stderr, flush=True)
-    print(table(read_results(results_path, args)))
+    results = read_results(results_path, args)
+    print(table(results), checks_table(results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import wordnet_pairs
+from transformers import AutoModelForCausalLM
+
+from ullme_ray.model.encoder import open_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import quality
@@ -63,15 +67,44 @@ def test_a_cell_trains_and_its_attention_and_seed_matter(tmp_path: Path, tiny_ba
     test_sets = [quality.make_test_set(folder, "docs", 6, 20)]
 
     def runs(cell: quality.Cell, seed: int = 1) -> list[float]:
-        (run,) = quality.own_runs(quality.make_job(args, cell, seed), test_sets, train=cell.is_trained)
+        job = quality.make_job(args, cell, seed)
+        (run,), checks = quality.own_runs(job, test_sets, train=cell.is_trained, num_checked=3)
+        logps.append([logp for row in checks for logp in row["logps"]])
         return [score for query in run.values() for score in sorted(query.values())]
 
+    logps: list[list[float]] = []
     default = runs(quality.DEFAULT)
     assert runs(quality.DEFAULT) == default
+    assert logps[0] == logps[1]
     others = [quality.Cell("base"), quality.Cell("grl"), quality.Cell(bidirectional=False), quality.Cell(prompts=False)]
     for other in others:
         assert runs(other) != default, other
+    assert logps[2] != logps[0]  # training the vectors has moved what the same weights generate
     assert runs(quality.DEFAULT, seed=2) != default
+
+
+def test_generation_is_checked_with_wrong_passages_beside_the_right_ones(tmp_path: Path, tiny_base: str) -> None:
+    folder = write_pairs(tmp_path)
+    test_set = quality.make_test_set(folder, "docs", 6, 20)
+    rows = quality.checked_queries(test_set, 4)
+    assert rows == quality.checked_queries(test_set, 4)
+    assert len({row.query for row in rows}) == 4
+    for row in rows:
+        (id_,) = [id_ for id_, query in test_set.queries.items() if query == row.query]
+        right = {test_set.passages[passage] for passage in test_set.qrels[id_]}
+        assert set(row.passages[: row.num_positives]) == right
+        assert row.num_negatives == quality.NUM_WRONG
+        assert len(set(row.passages)) == row.num_positives + row.num_negatives
+    args = quality.parse(f"{tiny_base} --pairs {folder} --sets docs --folder {tmp_path}/out --max-tokens 48".split())
+    _, (first, *_) = quality.own_runs(quality.make_job(args, quality.Cell("base"), 1), [test_set], train=False, num_checked=4)
+    tokenizer = open_tokenizer(quality.make_job(args, quality.Cell("base"), 1), which="base")
+    scored = [tokenizer.tokenize_generation(rows[0].query, passage, max_tokens=96) for passage in rows[0].passages]
+    assert first["lengths"] == [passage.passage_length for passage in scored]
+    lm = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval().requires_grad_(False)
+    for passage, logp in zip(scored, first["logps"]):
+        ids = torch.tensor([passage.input_ids])
+        steps = lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert logp == pytest.approx(float(steps[-passage.passage_length :].sum()), abs=1e-3)
 
 
 def test_intervals_hold_both_draws_and_differences_are_paired() -> None:
@@ -115,6 +148,9 @@ def test_table_has_a_line_per_cell_and_reads_what_was_cut_off(tmp_path: Path) ->
             "seed": seed,
             "made_with": quality.made_with(args, cell),
             "scores": {"docs": [0.1 * seed, value]},
+            "checks": [
+                {"num_positives": 1, "num_negatives": 1, "cosines": [0.5, 0.4], "logps": [-2.0 * seed, -5.0], "lengths": [2, 2]}
+            ],
             "seconds": 1.0,
         }
         for cell, value in ((quality.DEFAULT, 0.5), (quality.Cell("grl"), 0.7))
@@ -128,6 +164,9 @@ def test_table_has_a_line_per_cell_and_reads_what_was_cut_off(tmp_path: Path) ->
     assert [line.split(" | ")[0] for line in text[2:]] == ["| cl", "| grl"]
     assert "0.300 0.350" in text[2]
     assert "+0.100" in text[3]
+    checks = quality.checks_table(found).splitlines()
+    assert checks[2] == "| cl | 5.1 (2.7 7.4) | 1.000 (1.000 1.000) | 1.000 (1.000 1.000) |"
+    assert [line.split(" | ")[0] for line in checks[2:]] == ["| cl", "| grl"]
 
 
 def test_wordnet_pairs_show_a_word_of_their_entry(tmp_path: Path) -> None:

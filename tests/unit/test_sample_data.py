@@ -152,6 +152,14 @@ def test_the_written_folder_holds_what_every_stage_needs(tmp_path):
         assert row["positive"] not in row["negatives"]
         assert len(set(row["negatives"])) == len(row["negatives"])
         assert {(row["service"], negative) for negative in row["negatives"]} <= of_service
+    held_out = [json.loads(line) for line in storage.read_text(f"{data}/heldout_pairs.jsonl").splitlines()]
+    answers = {query: [heldout.passages[passage] for passage in judged] for query, judged in heldout.qrels.items()}
+    assert {row["query"]: [row["positive"]] for row in held_out} == {heldout.queries[q]: texts for q, texts in answers.items()}
+    passages = {(row["service"], row["text"]) for row in corpus}
+    for row in held_out:
+        assert row["positive"] not in row["negatives"]
+        assert {(row["service"], negative) for negative in row["negatives"]} <= passages
+    assert any(len(row["negatives"]) == 4 for row in held_out)
 
 
 def test_data_is_written_once_and_again_only_for_other_settings(tmp_path):
@@ -159,7 +167,7 @@ def test_data_is_written_once_and_again_only_for_other_settings(tmp_path):
     ensure_dataset(job)
     data = Path(RunFolder.of(job).data)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in data.rglob("*") if path.is_file()}
-    assert len(before) == 6
+    assert len(before) == 7
     ensure_dataset(job)
     assert {path: path.stat().st_mtime_ns for path in before} == {path: time for path, (time, _) in before.items()}
 

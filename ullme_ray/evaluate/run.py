@@ -31,17 +31,21 @@ def preflight(job: JobSpec) -> None:
     """
     spec = settings_of(job)
     for position, local in enumerate(spec.local):
-        if not (job.dataset and local.path.startswith("run:data")):
+        if not _is_written_by_the_job(job, local.path):
             check_held_out(job, position)
     for other in spec.models:
         other_folder(job, other)
-    if spec.generation:
+    if spec.generation and not _is_written_by_the_job(job, spec.generation.path):
         list_rows(RunFolder.of(job).resolve(spec.generation.path), "evaluate.generation.path")
     if spec.mteb:
         from ullme_ray.evaluate.mteb_tasks import check_prompts, find_tasks
 
         check_prompts(job, find_tasks(job))
     storage.check_writable(RunFolder.of(job).evaluation)
+
+
+def _is_written_by_the_job(job: JobSpec, path: str) -> bool:
+    return job.dataset is not None and path.startswith("run:data")
 
 
 def run_evaluate(job: JobSpec, *, models: Sequence[str] | None = None) -> EvaluationReport:
