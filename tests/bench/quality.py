@@ -4,7 +4,7 @@
 
 Trains a pretrained decoder on real pairs for a few steps and measures nDCG@10 on held-out queries, which are the same
 for every run. The set `aws` is the built-in data. For each other one of --sets, --pairs is a folder that holds
-`NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows (tests/wordnet_pairs.py makes one). Hard
+`NAME.train.jsonl.gz` and `NAME.test.jsonl.gz` of {"query", "positive"} rows (tests/real_pairs.py makes two). Hard
 negatives are BM25's best passages that are not the query's own. A run that is done stands as a line in results.jsonl
 and is not done again; all seeds of a few lines come before the next lines. A folder holds runs of the same arguments:
 one with others is refused. `--gpu` uses this machine's GPU.

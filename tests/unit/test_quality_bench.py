@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import real_pairs
 import torch
-import wordnet_pairs
 from transformers import AutoModelForCausalLM
 
 from ullme_ray.model.encoder import open_tokenizer
@@ -173,4 +173,33 @@ def test_wordnet_pairs_show_a_word_of_their_entry(tmp_path: Path) -> None:
     entry = '00001837 02 r 02 quickly 0 in_haste 0 000 | with speed; "she spoke quickly to us"; "not so"; "quickly!"  '
     for part in ("noun", "verb", "adj", "adv"):
         (tmp_path / f"data.{part}").write_text("  1 the licence\n" + (entry + "\n" if part == "adv" else ""))
-    assert list(wordnet_pairs.pairs(tmp_path)) == [{"query": "she spoke quickly to us", "positive": "quickly: with speed"}]
+    assert list(real_pairs.wordnet(tmp_path)) == [{"query": "she spoke quickly to us", "positive": "quickly: with speed"}]
+
+
+def test_pydoc_pairs_are_signatures_with_their_own_description(tmp_path: Path) -> None:
+    page = """<p>Nothing of an entry.</p>
+    <dl class="py class">
+      <dt class="sig sig-object py" id="x.Pool"><em class="property"><span class="pre">class</span> </em>
+        <span class="sig-prename descclassname">x.</span><span class="sig-name">Pool</span>(<em>n</em>)
+        <a class="headerlink" href="#x">\u00b6</a></dt>
+      <dd><p>A pool of <code>n</code> workers &amp; a queue <br>of tasks.</p>
+        <ul><li><p>An item.</p></li></ul><p>Not thread-safe.</p>
+        <dl class="py method"><dt class="sig"><span>close</span>()</dt><dd><p>Ends all workers of this pool.</p></dd></dl>
+      </dd></dl>
+    <dl class="py function"><dt class="sig">short()</dt><dd><p>Too short.</p></dd></dl>
+    <dl class="simple"><dt>A word</dt><dd><p>That the page explains, but no signature.</p></dd></dl>"""
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "x.html").write_text(page)
+    assert {row["query"]: row["positive"] for row in real_pairs.pydoc(tmp_path)} == {
+        "class Pool(n)": "A pool of n workers & a queue of tasks. Not thread-safe.",
+        "close()": "Ends all workers of this pool.",
+    }
+
+
+def test_a_query_is_on_one_side_of_the_split(tmp_path: Path) -> None:
+    pairs = [{"query": f"q{n % 40}", "positive": f"p{n}"} for n in range(80)]
+    real_pairs.write_split([*pairs, pairs[0]], "docs", tmp_path)
+    train, test = (quality.read_pairs(tmp_path / f"docs.{split}.jsonl.gz") for split in ("train", "test"))
+    assert len({row["query"] for row in test}) == 2
+    assert not {row["query"] for row in test} & {row["query"] for row in train}
+    assert sorted(row["positive"] for row in [*train, *test]) == sorted(row["positive"] for row in pairs)
