@@ -16,6 +16,7 @@ import ray
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ullme_ray.errors import CollectiveError, TrainingError, UllmeError
@@ -39,6 +40,7 @@ def run_ranks(job: JobSpec, mailbox: Any, bar: Progress, entry: Callable[[dict[s
     train = job.train
     assert train is not None
     failures, world_size = 0, train.workers.num_workers
+    others = placement_groups()
     while True:
         bar.note(batch_arithmetic(train, world_size))
         ray.get(mailbox.forget_signs.remote())
@@ -57,7 +59,24 @@ def run_ranks(job: JobSpec, mailbox: Any, bar: Progress, entry: Callable[[dict[s
                 if fatal is not None or failures > train.max_failures:
                     raise cause from None
                 bar.note(f"{cause}; starts again from the last checkpoint ({failures} of {train.max_failures} restarts)")
+            free_placement_groups(placement_groups() - others)
         world_size = ranks_that_fit(train, _slots(train))
+
+
+def placement_groups() -> set[str]:
+    """Ids of the placement groups that this driver's processes have made and that still hold resources or wait for some."""
+    job = ray.get_runtime_context().get_job_id()  # with which the id of all that its processes make ends
+    return {id_ for id_, row in placement_group_table().items() if row["state"] != "REMOVED" and id_.endswith(job)}
+
+
+def free_placement_groups(ids: set[str]) -> None:
+    """Removes what a start has left, so that its CPUs and GPUs are there for the next.
+
+    Ray Train does so itself, unless its controller dies with the ranks, as when Ray kills processes for want of memory: its
+    cleaner then asks the state API whether the controller lives, and without a dashboard never learns that it does not.
+    """
+    for id_ in ids:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(id_))))
 
 
 def _trainer(job: JobSpec, world_size: int, mailbox: Any, entry: Callable[[dict[str, Any]], None]) -> _Trainer:
