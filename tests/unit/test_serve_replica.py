@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -209,10 +210,13 @@ def test_a_large_text_keeps_no_other_request_waiting(tmp_path: Path, tiny_base: 
 
     async def test() -> None:
         for asked in (replica.tokenize(TokenizeCall("tiny", [large])), replica.embed(EmbedCall("tiny", [large]))):
+            held = threading.Event()  # large texts take as long as this test wants, on a machine of any speed
+            replica._large_thread.submit(held.wait, 60)
             slow = asyncio.create_task(asked)
-            await asyncio.sleep(0.05)
             await embed(replica, EmbedCall("tiny", TEXTS))
-            assert not slow.done()
+            done, _ = await asyncio.wait({slow}, timeout=1)
+            assert not done  # or it was in the thread of the small ones, which then wait for it
+            held.set()
             await slow
         replies = (await replica.tokenize(TokenizeCall("tiny", texts))).value
         assert [[token.id for token in tokens] for tokens in replies.tokens] == encoder.tokenizer.hf(texts)["input_ids"]

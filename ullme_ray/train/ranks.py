@@ -49,7 +49,10 @@ def run_ranks(job: JobSpec, mailbox: Any, bar: Progress, entry: Callable[[dict[s
             if (fatal := ray.get(mailbox.failure.remote())) is not None:
                 raise fatal
             return
-        except ray.train.TrainingFailedError as error:
+        except (
+            ray.train.TrainingFailedError,
+            ray.exceptions.RayActorError,
+        ) as error:  # the second: Ray Train's controller died
             if is_no_room(error):
                 bar.note(f"the cluster has no room for {world_size} ranks at present; waiting")
             else:
