@@ -72,19 +72,26 @@ def ray_local(s3: S3Server) -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def train_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[JobSpec], list[str]]]:
-    """Trains on one gloo rank, this process, as a rank of Ray Train would; gives the notes that the driver would show."""
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process as the one gloo rank, once for all modules: DeepSpeed keeps the groups that it made of the first."""
     from torch import distributed
 
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def train_here(one_rank: None) -> Iterator[Callable[[JobSpec], list[str]]]:
+    """Trains on one gloo rank, this process, as a rank of Ray Train would; gives the notes that the driver would show."""
     from ullme_ray.model import ensure_base
     from ullme_ray.train.loop import train_on_rank
 
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             patch.setenv(name, value)
-        distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
 
         def train(job: JobSpec) -> list[str]:
             records: list[dict[str, Any]] = []
@@ -93,4 +100,3 @@ def train_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[J
             return [record["note"] for record in records if "note" in record]
 
         yield train
-        distributed.destroy_process_group()
