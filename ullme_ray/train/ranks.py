@@ -26,6 +26,7 @@ from ullme_ray.spec.run_folder import dump_job
 from ullme_ray.train.mailbox import Sign, read_signs, shown
 from ullme_ray.train.network import NetworkConfig
 
+_FAILED = (ray.train.TrainingFailedError, ray.exceptions.RayActorError)  # the second: Ray Train's controller itself died
 _LOST = (ray.exceptions.RayActorError, WorkerHealthCheckFailedError)
 _ANSWER_S = 10.0  # a node that takes longer to run nothing is cut off or dying
 _DEAD_NODE_S = 120.0  # at most until Ray itself declares such a node dead; it does so in 23 s with cluster settings of README
@@ -49,10 +50,8 @@ def run_ranks(job: JobSpec, mailbox: Any, bar: Progress, entry: Callable[[dict[s
             if (fatal := ray.get(mailbox.failure.remote())) is not None:
                 raise fatal
             return
-        except (
-            ray.train.TrainingFailedError,
-            ray.exceptions.RayActorError,
-        ) as error:  # the second: Ray Train's controller died
+        except _FAILED as error:
+            free_placement_groups(placement_groups() - others)
             if is_no_room(error):
                 bar.note(f"the cluster has no room for {world_size} ranks at present; waiting")
             else:
@@ -62,7 +61,6 @@ def run_ranks(job: JobSpec, mailbox: Any, bar: Progress, entry: Callable[[dict[s
                 if fatal is not None or failures > train.max_failures:
                     raise cause from None
                 bar.note(f"{cause}; starts again from the last checkpoint ({failures} of {train.max_failures} restarts)")
-            free_placement_groups(placement_groups() - others)
         world_size = ranks_that_fit(train, _slots(train))
 
 
@@ -190,6 +188,8 @@ def cause_of(error: Exception, failure: UllmeError | None, signs: list[Sign]) ->
     """
     if failure is not None:
         return failure
+    if isinstance(error, ray.exceptions.RayActorError):
+        return TrainingError(f"Ray Train's controller died, for want of memory or with its host ({_first_lines(error)})")
     causes: dict[int, Exception] = dict(sorted(getattr(error, "worker_failures", {}).items()))
     ours = [cause for cause in causes.values() if isinstance(cause, UllmeError)]
     if ours:
